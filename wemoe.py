@@ -1,0 +1,510 @@
+"""WEMoE: one multi-task model out of many fine-tuned ones, its MLP weights put together anew for every input.
+
+A model fine-tuned on task t is the pre-trained model plus a *task vector*, τ_t = θ_t - θ_0. Every merging method is
+a choice of the coefficients λ in
+
+    θ(x) = θ_0 + Σ_t λ_t(x) τ_t.
+
+Weight averaging takes λ = 1/T, task arithmetic λ = 0.3. In a Weight-Ensembling Mixture of Experts (Tang et al., ICML
+2024, arXiv 2402.00433) λ(x) is, for the MLPs of a Transformer, the output of a small *router* that looks at the input;
+everything else is merged with task arithmetic. The routers are trained without labels, by minimising the entropy of
+the predictions:
+
+    model = upscale(pretrained, {"cars": cars_model, "signs": signs_model})
+    adapt(model, loaders={"cars": ..., "signs": ...}, heads={"cars": ..., "signs": ...})
+
+Read on from here: task vectors, the router and the WEMoE module, upscaling, adaptation. The file needs nothing but
+torch (2.4 or later); copy it. When *not* to use it: if the task of every input is known, load that task's own model;
+if the models were not fine-tuned from one checkpoint, a linear combination of their weights means nothing.
+
+Shapes: B samples, T tasks, D hidden size, `...` any token or spatial axes.
+"""
+
+import copy
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
+from torch.utils.checkpoint import checkpoint
+
+StateDict = Mapping[str, Tensor]
+
+# ------------------------------------------------------------------------------------------
+# Task vectors
+# ------------------------------------------------------------------------------------------
+
+
+def task_vector(pretrained: nn.Module | StateDict, finetuned: nn.Module | StateDict) -> dict[str, Tensor]:
+    """τ = θ_t - θ_0 by parameter name, in the dtype and on the device of θ_0 (Ilharco et al., arXiv 2212.04089).
+
+    Takes modules or state dicts; integer and boolean entries (counters, position ids) are skipped.
+    Raises ValueError, naming the entry, if keys or shapes differ or if a value is NaN or infinite.
+    """
+    theta_0, theta_t = _floating_entries(pretrained), _floating_entries(finetuned)
+    _check_structure(theta_0, theta_t, "the fine-tuned model")
+    tau = {}
+    for name, origin in theta_0.items():
+        for entry, which in ((origin, "pre-trained"), (theta_t[name], "fine-tuned")):
+            if not entry.isfinite().all():
+                raise ValueError(f"{name!r} holds NaN or infinite values in the {which} model.")
+        tau[name] = (theta_t[name].detach().to(origin.device) - origin.detach()).to(origin.dtype)
+    return tau
+
+
+def task_arithmetic(
+    pretrained: nn.Module | StateDict,
+    task_vectors: Iterable[StateDict],
+    scaling: float | Sequence[float] = 0.3,
+) -> dict[str, Tensor]:
+    """θ_0 + Σ_t λ_t τ_t as a new state dict; `scaling` is λ, one number or one per task.
+
+    `task_vectors` may be a generator, so that only one is in memory at a time. Sums are accumulated in float32 or
+    better and returned in the dtype of θ_0; entries that task vectors skip are copied. The inputs are not modified.
+    Raises ValueError if there is not one λ per task, or if keys or shapes of a task vector are not those of θ_0.
+    """
+    if isinstance(scaling, (int, float)):
+        scalings = itertools.repeat(scaling)
+    else:
+        scalings, task_vectors = scaling, list(task_vectors)
+        if len(scaling) != len(task_vectors):
+            raise ValueError(f"Got {len(scaling)} scaling factors for {len(task_vectors)} task vectors.")
+    theta_0 = _floating_entries(pretrained)
+    merged = {
+        name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for name, p in theta_0.items()
+    }
+    for tau, lam in zip(task_vectors, scalings):
+        _check_structure(merged, tau, "a task vector")
+        for name, total in merged.items():
+            total.add_(tau[name].detach().to(total), alpha=float(lam))
+    everything = pretrained.state_dict() if isinstance(pretrained, nn.Module) else pretrained
+    return {name: (merged[name].to(p.dtype) if name in merged else p.clone()) for name, p in everything.items()}
+
+
+def _floating_entries(model: nn.Module | StateDict) -> dict[str, Tensor]:
+    """The parameters and floating-point buffers of a module or state dict, by name; what a task vector is made of."""
+    state = model.state_dict(keep_vars=True) if isinstance(model, nn.Module) else model
+    return {name: entry for name, entry in state.items() if isinstance(entry, Tensor) and entry.is_floating_point()}
+
+
+def _check_structure(theta_0: StateDict, other: StateDict, what: str) -> None:
+    if missing := theta_0.keys() - other.keys():
+        raise ValueError(f"{_quote(missing)}: in the pre-trained model, but not in {what}.")
+    if surplus := other.keys() - theta_0.keys():
+        raise ValueError(f"{_quote(surplus)}: in {what}, but not in the pre-trained model.")
+    for name, p in theta_0.items():
+        if p.shape != other[name].shape:
+            found, wanted = tuple(other[name].shape), tuple(p.shape)
+            raise ValueError(f"{name!r} has shape {found} in {what}, but {wanted} in the pre-trained model.")
+
+
+def _quote(names: Iterable[str], most: int = 8) -> str:
+    names = list(names)
+    return ", ".join(map(repr, sorted(names)[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# ------------------------------------------------------------------------------------------
+# The router and the Weight-Ensembling Mixture of Experts
+# ------------------------------------------------------------------------------------------
+
+
+class Router(nn.Module):
+    """r(h): (B, ..., D) -> (B, T), the routing weights λ of every token, averaged over the tokens (Figure 1b).
+
+    depth 0: b;  depth 1: W h + b;  depth 2: W2 relu(W1 h + b1) + b2 with W1 of shape (D, D). The output is linear,
+    neither a softmax nor clipped. Weights start as normal(0, 0.01) and the output bias as `init_lambda`: routing starts
+    from task arithmetic. `parameters()` yields W1, b1, W2, b2 in this order (depth 1: W, b; depth 0: b).
+    Raises ValueError for another depth, and for inputs that are not (B, ..., D).
+    """
+
+    def __init__(self, hidden_size: int, num_tasks: int, depth: int = 2, init_lambda: float = 0.3):
+        super().__init__()
+        if depth not in (0, 1, 2):
+            raise ValueError(f"A router has depth 0, 1 or 2, not {depth!r}.")
+        if num_tasks < 1 or (depth > 0 and hidden_size < 1):
+            raise ValueError(f"A router needs at least one task and one feature, got {num_tasks=} and {hidden_size=}.")
+        self.hidden_size, self.num_tasks, self.depth = hidden_size, num_tasks, depth
+        if depth == 0:
+            self.bias = nn.Parameter(torch.full((num_tasks,), float(init_lambda)))
+            return
+        layers = [nn.Linear(hidden_size, hidden_size), nn.ReLU()] if depth == 2 else []
+        self.layers = nn.Sequential(*layers, nn.Linear(hidden_size, num_tasks))
+        for linear in self.layers[::2]:
+            nn.init.normal_(linear.weight, std=0.01)
+            nn.init.zeros_(linear.bias)
+        nn.init.constant_(self.layers[-1].bias, init_lambda)
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.depth == 0:
+            return self.bias.expand(len(h), -1)
+        if h.dim() < 2 or h.shape[-1] != self.hidden_size:
+            raise ValueError(f"The router takes inputs of shape (B, ..., {self.hidden_size}), got {tuple(h.shape)}.")
+        return self.layers(h).reshape(len(h), -1, self.num_tasks).mean(1)  # (B, ..., T) -> (B, T)
+
+
+class WEMoE(nn.Module):
+    """A module whose weights depend on its input: sample x_b runs through θ_0 + Σ_t λ_t(x_b) τ_t (Figure 1b).
+
+        x (B, ..., D) ──► router ──► λ (B, T) ──► θ_0 + Σ_t λ_bt τ_t, a set of weights for every sample
+              └────────────────────────────────────────► pretrained, with those weights ──► its output
+
+    Args:
+        pretrained: any module whose first input is a tensor (B, ..., D). It is copied.
+        finetuned: T modules of the same structure, or their state dicts.
+        router: maps the first input to the routing weights λ (B, T). It alone is trainable.
+
+    Attributes: `router`, `pretrained` (θ_0) and `task_vectors` (each parameter's τ stacked along T, by its name).
+    Further arguments: tensors whose first axis is B are split among the samples, everything else is shared by them.
+    Raises ValueError if the modules differ in structure (naming the entry) or in number from the routing weights.
+    """
+
+    def __init__(self, pretrained: nn.Module, finetuned: Sequence[nn.Module | StateDict], router: nn.Module):
+        super().__init__()
+        if len(finetuned) < 1 or getattr(router, "num_tasks", len(finetuned)) != len(finetuned):
+            outputs = getattr(router, "num_tasks", "any number of")
+            raise ValueError(f"WEMoE got {len(finetuned)} fine-tuned modules and a router with {outputs} outputs.")
+        self.router = router
+        self.pretrained = copy.deepcopy(pretrained).requires_grad_(False)
+        taus = [task_vector(pretrained, module) for module in finetuned]
+        stacked = {name: torch.stack([tau[name] for tau in taus]) for name in taus[0]}  # each (T, *shape of θ_0)
+        # A module registers no parameter under a name with a dot.
+        self.stacked = nn.ParameterDict({n.replace(".", "/"): nn.Parameter(tau, False) for n, tau in stacked.items()})
+        linear = {f"{n}.weight".lstrip(".") for n, module in pretrained.named_modules() if type(module) is nn.Linear}
+        self.only_linear = all(name in linear or tau.dim() <= 2 for name, tau in stacked.items())
+
+    @property
+    def task_vectors(self) -> dict[str, Tensor]:
+        return {name.replace("/", "."): tau for name, tau in self.stacked.items()}
+
+    def forward(self, *args, **kwargs):
+        x = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+        if x is None:
+            raise TypeError("A WEMoE module takes a tensor of shape (B, ..., D) as its first input.")
+        lam = self.router(x)
+        if lam.shape != (len(x), len(next(iter(self.stacked.values())))):
+            raise ValueError(f"The router gave weights of shape {tuple(lam.shape)} for an input {tuple(x.shape)}.")
+        # Merged weights are not kept for the backward pass. _MergedLinear sees to that; others are merged once more.
+        if torch.is_grad_enabled() and not self.only_linear:
+            return checkpoint(self._merge_and_run, lam, x, args, kwargs, use_reentrant=False)
+        return self._merge_and_run(lam, x, args, kwargs)
+
+    def _merge_and_run(self, lam: Tensor, x: Tensor, args: tuple, kwargs: dict):
+        """Each sample is a batch of one with weights of its own; `torch.vmap` runs all of them at once."""
+        split = tree_map(lambda leaf: 0 if _belongs_to_samples(leaf, x) else None, (args, kwargs))
+        inputs = tree_map(lambda leaf: leaf.unsqueeze(1) if _belongs_to_samples(leaf, x) else leaf, (args, kwargs))
+        outputs = []
+
+        def run_one(lam: Tensor, inputs: tuple) -> list[Tensor]:  # (T,), (1, ..., D)
+            # The other implementations of attention would go through the samples one by one under vmap.
+            with sdpa_kernel(SDPBackend.MATH), _MergedParameters(self.pretrained, self.task_vectors, lam):
+                outputs[:] = tree_flatten(self.pretrained(*inputs[0], **inputs[1]))
+            return [leaf for leaf in outputs[0] if isinstance(leaf, Tensor)]
+
+        tensors = iter(torch.vmap(run_one, in_dims=(0, split), randomness="different")(lam, inputs))
+        leaves, structure = outputs  # of one sample; tensors: those of all samples, (B, 1, ..., D)
+        leaves = [next(tensors).flatten(0, 1) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return tree_unflatten(leaves, structure)
+
+    def __getattr__(self, name: str):
+        """What else the wrapped module has stays in reach, except for its tensors: every sample has its own."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            value = getattr(super().__getattr__("pretrained"), name)
+            if isinstance(value, Tensor):
+                raise AttributeError(f"{name!r} differs between samples: route the module that reads it.") from None
+            return value
+
+
+def _belongs_to_samples(tensor: object, x: Tensor) -> bool:
+    """Whether an argument is a tensor with one entry for each sample of the first input x (B, ..., D)."""
+    if not isinstance(tensor, Tensor) or tensor.dim() == 0 or len(tensor) != len(x):
+        return False
+    if tensor.dim() < x.dim() and len(x) in x.shape[1:-1]:
+        raise ValueError(
+            f"An argument of shape {tuple(tensor.shape)} may belong to the samples or to another axis of the input of "
+            f"shape {tuple(x.shape)}: use another batch size, or give it as many axes as the input has."
+        )
+    return True
+
+
+class _MergedParameters(TorchFunctionMode):
+    """While active, in every torch function a parameter θ_0 of `module` stands for θ_0 + Σ_t λ_t τ_t.
+
+    This is how any module, whatever its forward does, runs with merged weights. λ is that of one sample, (T,); under
+    `torch.vmap` it is all samples' at once. A matrix in F.linear is never formed as a whole, see _MergedLinear.
+    """
+
+    def __init__(self, module: nn.Module, task_vectors: StateDict, lam: Tensor):
+        super().__init__()
+        self.lam = lam
+        self.tau = {id(p): task_vectors[name] for name, p in _floating_entries(module).items()}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            return func(*args, **kwargs)
+        if func is F.linear and len(args) > 1 and args[1].dim() == 2 and id(args[1]) in self.tau:
+            return self._linear(*args, **kwargs)
+        args, kwargs = tree_map_only(Tensor, self._merge, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _merge(self, p: Tensor) -> Tensor:
+        if id(p) not in self.tau:
+            return p
+        with torch.autocast(p.device.type, enabled=False):
+            return p + torch.tensordot(self.lam.to(p.dtype), self.tau[id(p)], dims=1)
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            y = _MergedLinear.apply(x, self.lam.to(weight.dtype), weight, self.tau[id(weight)])
+        return y if bias is None else y + self._merge(bias).to(y.dtype)
+
+
+_METADATA = {getattr(Tensor, name).__get__ for name in ("device", "dtype", "is_cuda", "ndim", "shape")}
+
+
+class _MergedLinear(torch.autograd.Function):
+    """y_b = x_b W_b^T with W_b = θ_0 + Σ_t λ_bt τ_t: x (B, N, D_in), λ (B, T), θ_0 (D_out, D_in), τ (T, D_out, D_in).
+
+    Tile by tile of output rows, one matrix product merges for all samples and another applies. The backward pass merges
+    again, so that memory never holds B sets of weights. x and λ have gradients; θ_0 and τ are constants.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, lam: Tensor, theta: Tensor, tau: Tensor) -> Tensor:
+        y = x.new_empty(*x.shape[:2], len(theta))
+        for rows, w in _merged_tiles(lam, theta, tau):
+            y[..., rows] = x @ w.to(x.dtype).mT  # (B, N, D_in) (B, D_in, rows)
+        return y
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        if inputs[2].requires_grad or inputs[3].requires_grad:
+            raise NotImplementedError("In a WEMoE module only the router is trainable: freeze everything else.")
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, lam, theta, tau = ctx.saved_tensors
+        dx, dlam = torch.zeros_like(x), torch.zeros_like(lam)
+        with torch.autocast(x.device.type, enabled=False):
+            for rows, w in _merged_tiles(lam, theta, tau):
+                dx.baddbmm_(dy[..., rows], w.to(x.dtype))
+                dw = (dy[..., rows].mT @ x).to(lam.dtype)  # (B, rows, D_in)
+                dlam.addmm_(dw.flatten(1), tau[:, rows].flatten(1).mT)  # <dw_b, τ_t>
+        return dx, dlam, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, x: Tensor, lam: Tensor, theta: Tensor, tau: Tensor):
+        """Under torch.vmap, x (..., D_in) and λ (T,) of one sample arrive as those of all, which `forward` takes."""
+        x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
+        y = _MergedLinear.apply(x.reshape(len(x), -1, x.shape[-1]), lam.movedim(in_dims[1], 0), theta, tau)
+        return y.view(*x.shape[:-1], len(theta)), 0
+
+
+def _merged_tiles(lam: Tensor, theta: Tensor, tau: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """θ_0 + Σ_t λ_bt τ_t of all samples, some output rows at a time: the rows, and their weights (B, rows, D_in)."""
+    count = max(1, _TILE.get(lam.device.type, _TILE["cuda"]) // (len(lam) * theta.shape[1]))
+    for start in range(0, len(theta), count):
+        rows = slice(start, start + count)
+        w = torch.addmm(theta[rows].flatten(), lam, tau[:, rows].flatten(1))  # (B, T) (T, rows · D_in)
+        yield rows, w.view(len(lam), -1, theta.shape[1])
+
+
+# Merged weights that exist at a time, as a number of elements: what a CPU's cache holds; 256 MiB in float32 on a GPU.
+_TILE = {"cpu": 2**21, "cuda": 2**26}
+
+
+@contextmanager
+def routing_weights(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Record the routing weights (B, T) of the last forward pass, for each WEMoE module of `model` by its name.
+
+    with routing_weights(model) as weights:
+        model(images)
+    weights["transformer.resblocks.0.mlp"]  # (B, T)
+    """
+    weights = {}
+    hooks = [
+        module.router.register_forward_hook(lambda _, __, lam, name=name: weights.__setitem__(name, lam.detach()))
+        for name, module in model.named_modules()
+        if isinstance(module, WEMoE)
+    ]
+    try:
+        yield weights
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# ------------------------------------------------------------------------------------------
+# Upscaling
+# ------------------------------------------------------------------------------------------
+
+# What open_clip, timm, torchvision and Hugging Face call the MLP of a Transformer block.
+_MLP = r"(^|\.)(mlp|DenseReluDense)$"
+
+
+def upscale(
+    pretrained: nn.Module,
+    finetuned: Sequence[nn.Module] | Mapping[str, nn.Module],
+    *,
+    init_lambda: float = 0.3,
+    router_depth: int = 2,
+    modules: str | Callable[[str, nn.Module], bool] | None = None,
+) -> nn.Module:
+    """One model for T tasks: selected modules become WEMoE modules, all else is merged by task arithmetic (Figure 1a).
+
+    Args:
+        pretrained: the model from which the others were fine-tuned. A deep copy of it is upscaled.
+        finetuned: the T fine-tuned models, as a list or as a dict from task name to model.
+        init_lambda: λ of task arithmetic, and the routing weights at the start.
+        router_depth: 0, 1 or 2, see `Router`.
+        modules: which modules to route: None, the MLPs under the names that open_clip, timm, torchvision and Hugging
+            Face transformers give them; a regular expression to be found in a module's name; or a predicate
+            (name, module) -> bool. Where selected modules lie within one another, the outermost is routed.
+
+    Only the routers require gradients. Raises ValueError if no module is selected or if models differ in structure.
+    """
+    models = list(finetuned.values()) if isinstance(finetuned, Mapping) else list(finetuned)
+    if not models:
+        raise ValueError("upscale needs at least one fine-tuned model, got none.")
+    merged = task_arithmetic(pretrained, (task_vector(pretrained, model) for model in models), init_lambda)
+    upscaled = copy.deepcopy(pretrained).requires_grad_(False)
+    upscaled.load_state_dict(merged)
+    routed: dict[nn.Module, WEMoE] = {}  # a module that the model holds under two names stays one module
+    for name in _selected(pretrained, modules):
+        module = pretrained.get_submodule(name)
+        if module not in routed:
+            router = Router(_hidden_size(name, module) if router_depth else 0, len(models), router_depth, init_lambda)
+            router.to(next(iter(_floating_entries(module).values())))
+            routed[module] = WEMoE(module, [model.get_submodule(name) for model in models], router)
+        if name == "":
+            return routed[module].train(pretrained.training)
+        parent, _, child = name.rpartition(".")
+        setattr(upscaled.get_submodule(parent), child, routed[module].train(module.training))
+    return upscaled
+
+
+def _selected(model: nn.Module, modules: str | Callable[[str, nn.Module], bool] | None) -> list[str]:
+    """Names of the modules to route: those that `modules` selects, hold weights, and lie in no other such module."""
+    if callable(modules):
+        wanted = modules
+    else:
+        pattern = re.compile(_MLP if modules is None else modules)
+        wanted = lambda name, module: pattern.search(name) is not None  # noqa: E731
+    names: list[str] = []
+    for name, module in model.named_modules(remove_duplicate=False):  # parents come before their children
+        inside = any(outer == "" or name.startswith(outer + ".") for outer in names)
+        if not inside and wanted(name, module) and _floating_entries(module):
+            names.append(name)
+    if not names:
+        candidates = [name for name, module in model.named_modules() if name and _floating_entries(module)]
+        what = "No MLP was found" if modules is None else f"modules={modules!r} selects no module with weights"
+        raise ValueError(f"{what} in {type(model).__name__}; choose with modules= among {_quote(candidates, 20)}.")
+    return names
+
+
+def _hidden_size(name: str, module: nn.Module) -> int:
+    """D, the last axis of the module's input, as told by the first matrix in it, or else by its first vector."""
+    shapes = [p.shape for p in _floating_entries(module).values()]
+    shape = next((shape for shape in shapes if len(shape) == 2), max(shapes, key=len))
+    if len(shape) not in (1, 2):
+        raise ValueError(
+            f"Cannot tell the hidden size of {name!r} ({type(module).__name__}) from its weights: use router_depth=0, "
+            "or build WEMoE(pretrained, finetuned, router) yourself."
+        )
+    return shape[-1]
+
+
+# ------------------------------------------------------------------------------------------
+# Test-time adaptation
+# ------------------------------------------------------------------------------------------
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Shannon entropy of softmax(logits), (..., C) -> (...), in nats; exact where the softmax is 0 or 1."""
+    log_p = F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1)  # 0 log 0 = 0 for a logit of -inf
+
+
+def adapt(
+    model: nn.Module,
+    loaders: Mapping[str, Iterable[Tensor]],
+    heads: Mapping[str, Callable[[Tensor], Tensor]],
+    *,
+    steps: int = 1000,
+    lr: float = 1e-4,
+    on_step: Callable[[int, dict[str, float]], None] | None = None,
+) -> list[float]:
+    """Train the routers, in place and without labels, to minimise the entropy of the model's predictions.
+
+    This is the paper's test-time adaptation. Each step takes one batch of every task and descends the sum over tasks
+    of the mean entropy, with Adam and a learning rate that a cosine takes to zero; it back-propagates task by task, so
+    that memory does not grow with their number.
+
+    Args:
+        model: an upscaled model, or one in DistributedDataParallel. What requires gradients in it is trained.
+        loaders: task -> iterable of unlabelled input batches, started again when exhausted.
+        heads: task -> callable from the model's output to logits (B, C).
+        steps, lr: number of steps and first learning rate (the paper's are 1000 and 1e-4, at 16 images of every task).
+        on_step: called after each step with its number, from 1, and the mean entropy of every task.
+
+    Returns the mean entropy over all tasks, in nats, at each step before its update.
+    Raises ValueError if a task has no head or no batch or if nothing is trainable; FloatingPointError, naming task and
+    step and leaving the model as it was before that step, if an entropy is not finite.
+    """
+    routers = [p for p in model.parameters() if p.requires_grad]
+    if not routers:
+        raise ValueError("The model has no trainable parameters; adapt takes what upscale returns.")
+    if headless := loaders.keys() - heads.keys():
+        raise ValueError(f"No head is given for {_quote(headless)}; there are heads for {_quote(heads)}.")
+    if not loaders:
+        raise ValueError("adapt needs the batches of at least one task, got no loaders.")
+    if steps < 1 or not 0 < lr < math.inf:
+        raise ValueError(f"adapt needs at least one step and a positive learning rate, got {steps=} and {lr=}.")
+    batches = {task: _endless(task, loader) for task, loader in loaders.items()}
+    optimizer = torch.optim.Adam(routers, lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    last_task = list(loaders)[-1]
+    history = []
+    for step in range(1, steps + 1):
+        losses = {}
+        for task, head in ((task, heads[task]) for task in loaders):
+            # In a distributed model, gradients are exchanged once a step.
+            with nullcontext() if task == last_task else getattr(model, "no_sync", nullcontext)():
+                loss = entropy(head(model(next(batches[task]).to(routers[0].device)))).mean()
+                loss.backward()
+            losses[task] = loss.detach()
+        values = dict(zip(losses, torch.stack(list(losses.values())).tolist()))
+        for task, value in values.items():
+            if not math.isfinite(value):
+                optimizer.zero_grad()
+                raise FloatingPointError(f"The entropy of task {task!r} is {value} at step {step} of {steps}.")
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        history.append(sum(values.values()) / len(values))
+        if on_step is not None:
+            on_step(step, values)
+    return history
+
+
+def _endless(task: str, loader: Iterable[Tensor]) -> Iterator[Tensor]:
+    for epoch in itertools.count(1):
+        batch = None
+        for batch in loader:
+            yield batch
+        if batch is None:
+            again = "" if epoch == 1 else " when started again; pass a list or a DataLoader, not an iterator"
+            raise ValueError(f"The loader of task {task!r} yields no batch{again}.")
