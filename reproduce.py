@@ -1,6 +1,8 @@
 """Reproduce the WEMoE paper's experiment: eight fine-tuned models, merged into one in several ways, on eight test sets.
 
     python reproduce.py            the eight tasks in miniature: everything embedded, no download, no GPU needed
+    python reproduce.py ViT-B-32   the paper's experiment (also ViT-B-16, ViT-L-14): real CLIP weights and data sets
+    torchrun --nproc-per-node=4 reproduce.py ViT-L-14          the same on four GPUs
 
 A suite is data: tasks, zero-shot heads, test images, a pre-trained vision tower and its fine-tuned experts. A method
 turns the experts into one model, or into one for each task; each is one entry in METHODS. Results go to
@@ -14,31 +16,31 @@ import hashlib
 import inspect
 import json
 import math
+import os
 import platform
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import open_clip
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import wemoe
-from data import miniature
+from data import clip, miniature
+from data.clip import InputError
 
 HERE = Path(__file__).parent
-MINIATURE = ("miniature.py", "miniature.safetensors")
 TEST_IMAGES = 480  # of each task of the miniature
-
-
-class InputError(Exception):
-    """Something is wrong with what the user gave: one sentence, no traceback, exit status 2."""
 
 
 # ------------------------------------------------------------------------------------------
@@ -48,7 +50,7 @@ class InputError(Exception):
 
 @dataclass(frozen=True)
 class Training:
-    """How an expert is made: all weights of the vision tower are trained, the zero-shot head is frozen."""
+    """How an expert is made: all weights of the vision tower are trained (AdamW), the zero-shot head is frozen."""
 
     images: int = 2000  # of each task
     steps: int = 120
@@ -62,9 +64,15 @@ class Training:
 class Adaptation:
     """How routers are trained: unlabelled test images, entropy, Adam, cosine annealing to zero."""
 
-    steps: int = 150
+    steps: int
+    lr: float
     batch_size: int = 16  # of each task
-    lr: float = 1e-3
+    precision: str = "float32"
+
+
+MINIATURE_ADAPTATION = Adaptation(steps=150, lr=1e-3)
+PAPER_ADAPTATION = Adaptation(steps=1000, lr=1e-4)
+PAPER_TRAINING = Training(images=0, steps=4000, batch_size=32, lr=1e-5, weight_decay=0, warmup=1)  # images: all
 
 
 @dataclass
@@ -72,53 +80,157 @@ class Suite:
     name: str
     seed: int
     device: torch.device
+    precision: str  # of evaluation
     adaptation: Adaptation
-    pretrained: nn.Module  # vision tower: images (B, 3, H, W), normalised -> features (B, D)
+    pretrained: nn.Module  # vision tower: normalised images (B, 3, H, W) -> features (B, D)
     heads: dict[str, Tensor]  # task -> (D, C): logits = normalised features @ head
     test: dict[str, tuple[Tensor, Tensor]]  # task -> uint8 images (N, 3, H, W), labels (N,)
     normalise: Callable[[Tensor], Tensor]  # uint8 images -> what the vision tower takes
     experts: dict[str, nn.Module] = field(default_factory=dict)
-    key: str = ""  # tells everything that the experts depend on
+    scalings: tuple[float, ...] = ()  # λ of task arithmetic to try, besides 0.3
+    published: dict[str, dict] = field(default_factory=dict)  # method -> the row of published figures
+    curve: dict | None = None  # the authors' accuracies during adaptation
 
     @property
     def tasks(self) -> list[str]:
         return list(self.heads)
 
+    @property
+    def key(self) -> str:
+        """Names everything that a method's result depends on, but for the method itself."""
+        models = [value.numpy() for m in (self.pretrained, *self.experts.values()) for value in m.state_dict().values()]
+        heads = [head.cpu().numpy() for head in self.heads.values()]
+        tests = [part[:: max(1, len(part) // 50)].numpy() for pair in self.test.values() for part in pair]
+        sizes = [len(labels) for _, labels in self.test.values()]
+        settings = self.name, self.seed, self.device.type, self.precision, self.adaptation, self.tasks, sizes
+        return fingerprint(*settings, torch.__version__, *models, *heads, *tests)
+
     def logits(self, task: str) -> Callable[[Tensor], Tensor]:
-        return lambda features: F.normalize(features, dim=-1) @ self.heads[task]
+        return lambda features: F.normalize(features.float(), dim=-1) @ self.heads[task]
 
     def images(self, images: Tensor) -> Tensor:
         return self.normalise(images.to(self.device))
 
 
-def miniature_suite(tasks: list[str], seed: int, device: torch.device, adaptation: Adaptation, cache: Path) -> Suite:
-    """The eight rendered tasks; their experts are fine-tuned here, or read from `cache`."""
-    clip = miniature.load_pretrained()
-    heads = {task: miniature.zero_shot_head(clip, task).to(device) for task in tasks}
-    test = {task: miniature.render(task, "test", TEST_IMAGES, seed=0) for task in tasks}
-    tower = clip.visual.to(device).requires_grad_(False)
-    suite = Suite("miniature", seed, device, adaptation, tower, heads, test, miniature.normalise)
+def miniature_suite(arguments: argparse.Namespace) -> Suite:
+    """The eight rendered tasks; their experts are fine-tuned here."""
+    model, device = miniature.load_pretrained(), torch.device(arguments.device)
+    suite = Suite(
+        name="miniature",
+        seed=arguments.seed,
+        device=device,
+        precision=arguments.precision or "float32",
+        adaptation=settings_of_adaptation(arguments, MINIATURE_ADAPTATION),
+        pretrained=model.visual.requires_grad_(False),
+        heads={task: miniature.zero_shot_head(model, task).to(device) for task in arguments.tasks},
+        test={task: miniature.render(task, "test", TEST_IMAGES, seed=0) for task in arguments.tasks},
+        normalise=miniature.normalise,
+        scalings=tuple(tenth / 10 for tenth in range(11)),
+    )
     training = Training()
-    sources = [inspect.getsource(fine_tune), *((HERE / "data" / name).read_bytes() for name in MINIATURE)]
-    suite.key = fingerprint(*sources, training, seed, tasks, str(device), torch.__version__)
-    files = {task: cache / f"expert-{task}-{fingerprint(suite.key, task)}.safetensors" for task in tasks}
-    missing = [task for task in tasks if not files[task].exists()]
-    with tqdm(total=len(missing) * training.steps, desc="Fine-tuning", unit="step", disable=not missing) as bar:
-        for task in missing:
-            images, labels = miniature.render(task, "train", training.images, seed=0)
-            expert = fine_tune(suite, task, images, labels, training, bar)
-            write(files[task], lambda path, expert=expert: save_file(expert.state_dict(), path))
-    for task in tasks:
-        suite.experts[task] = copy.deepcopy(tower)
-        suite.experts[task].load_state_dict(load_file(files[task], str(device)))
+    program = HERE / "data" / "miniature.py"
+
+    def images(task: str) -> tuple[Tensor, Tensor]:
+        return miniature.render(task, "train", training.images, seed=0)
+
+    make_experts(suite, arguments, training, images, depends_on=program.read_bytes())
     return suite
+
+
+def paper_suite(arguments: argparse.Namespace) -> Suite:
+    """CLIP and the eight data sets; experts from the hub, from their authors' files, or fine-tuned here."""
+    arch = clip.architecture(arguments.arch or arguments.suite, arguments.pretrained)
+    hub, cache, limit, device = arguments.hub, arguments.cache, arguments.limit, torch.device(arguments.device)
+    from_hub = arguments.experts is None and not arguments.finetune
+    splits = ("test", "train") if arguments.finetune else ("test",)
+    weights = arguments.experts is None
+    items = clip.plan(
+        arch, cache, hub, tasks=arguments.tasks, weights=weights, experts=from_hub, splits=splits, limit=limit
+    )
+    say(f"{arch.name}: {clip.summary(items)}")
+    clip.check_space(items)
+    experts, prep = {}, clip.preprocessing(arch)
+    if arguments.experts is not None:
+        tower, experts, heads = clip.load_authors_experts(arch, arguments.experts, arguments.tasks)
+    else:
+        model = clip.load_pretrained(arch, hub).to(device)
+        heads = clip.zero_shot_heads(model, arch, cache, arguments.tasks)
+        tower = model.visual.cpu()
+        if from_hub:
+            with progress(arguments.tasks, "Experts") as tasks:
+                experts = {task: clip.load_expert(arch, task, tower, hub) for task in tasks}
+    published = json.loads((HERE / "data" / "published.json").read_text(encoding="utf-8"))
+    source = "paper" if arguments.experts is not None else "hub"
+    rows = published["main"].get(arch.name, []) if arguments.pretrained == "openai" and not limit else []
+    curves = published["adaptation_curves"]["models"].get(arch.name, [])
+    adaptation = settings_of_adaptation(arguments, PAPER_ADAPTATION)
+    suite = Suite(
+        name=arguments.name,
+        seed=arguments.seed,
+        device=device,
+        precision=arguments.precision or ("bfloat16" if device.type == "cuda" else "float32"),
+        adaptation=adaptation,
+        pretrained=tower.requires_grad_(False),
+        heads={task: head.to(device) for task, head in heads.items()},
+        test={task: clip.image_set(task, prep, cache, hub, limit=limit) for task in arguments.tasks},
+        normalise=partial(clip.normalise, prep=prep),
+        published={
+            OUR_NAMES.get(row["method"], row["method"]): dict(row, accuracy=dict(zip(clip.TASKS, row["accuracy"])))
+            for row in rows
+            if row["source"] == source
+        },
+        curve=next((c for c in curves if c["learning_rate"] == adaptation.lr), None),
+    )
+    if arguments.finetune:
+        make_experts(
+            suite, arguments, PAPER_TRAINING, lambda task: clip.image_set(task, prep, cache, hub, split="train")
+        )
+    for task, state in experts.items():
+        suite.experts[task] = copy.deepcopy(tower)
+        suite.experts[task].load_state_dict(state, assign=True)
+        suite.experts[task].requires_grad_(False)
+    return suite
+
+
+OUR_NAMES = {"WEMoE (1-layer router)": "WEMoE (1-layer)"}
+
+
+def settings_of_adaptation(arguments: argparse.Namespace, default: Adaptation) -> Adaptation:
+    steps, precision = arguments.steps or default.steps, arguments.adapt_precision or default.precision
+    return Adaptation(steps, default.lr, default.batch_size, precision)
+
+
+def make_experts(
+    suite: Suite,
+    arguments: argparse.Namespace,
+    training: Training,
+    images: Callable[[str], tuple[Tensor, Tensor]],
+    depends_on: bytes = b"",
+) -> None:
+    """Fine-tune the tower on every task (shared among the processes), or read what an earlier run has fine-tuned."""
+    weights = [value.numpy() for value in suite.pretrained.state_dict().values()]
+    key = fingerprint(depends_on, inspect.getsource(fine_tune), training, suite.seed, suite.device.type, *weights)
+    folder = arguments.folder / "cache"
+    files = {
+        task: folder / f"expert-{task}-{fingerprint(key, suite.heads[task].cpu().numpy())}.safetensors"
+        for task in suite.tasks
+    }
+    missing = [task for task in suite.tasks if not files[task].exists()][rank() :: world()]
+    with progress(None, "Fine-tuning", total=len(missing) * training.steps, unit="step") as bar:
+        for task in missing:
+            bar.set_postfix_str(task)
+            expert = fine_tune(suite, task, *images(task), training, bar)
+            write(files[task], lambda path, expert=expert: save_file(expert.cpu().state_dict(), path))
+    barrier()
+    for task, file in files.items():
+        suite.experts[task] = copy.deepcopy(suite.pretrained)
+        suite.experts[task].load_state_dict(load_file(file))
 
 
 def fine_tune(suite: Suite, task: str, images: Tensor, labels: Tensor, training: Training, bar: tqdm) -> nn.Module:
     """An expert: a copy of the pre-trained tower, trained with cross-entropy through the task's frozen head."""
-    bar.set_postfix_str(task)
     generator = torch.Generator().manual_seed(derive_seed(suite.seed, "fine-tuning", task))
-    expert = copy.deepcopy(suite.pretrained).requires_grad_(True).train()
+    expert = copy.deepcopy(suite.pretrained).to(suite.device).requires_grad_(True).train()
     optimizer = torch.optim.AdamW(expert.parameters(), lr=training.lr, weight_decay=training.weight_decay)
 
     def factor(step: int) -> float:  # of the learning rate: a short linear warm-up, then half a cosine
@@ -138,6 +250,7 @@ def fine_tune(suite: Suite, task: str, images: Tensor, labels: Tensor, training:
 
 
 SUITES = {"miniature": (miniature_suite, list(miniature.TASKS))}
+SUITES.update({name: (paper_suite, list(clip.TASKS)) for name in clip.ARCHITECTURES})
 
 
 # ------------------------------------------------------------------------------------------
@@ -151,23 +264,24 @@ class Merged:
     record: dict = field(default_factory=dict)  # what else the method has to tell, for results.json and the figures
 
 
-def pretrained(suite: Suite, method: str) -> Merged:
+def pretrained(suite: Suite, name: str, folder: Path) -> Merged:
     return Merged(suite.pretrained)
 
 
-def individual(suite: Suite, method: str) -> Merged:
+def individual(suite: Suite, name: str, folder: Path) -> Merged:
     return Merged(suite.experts)
 
 
-def averaged(suite: Suite, method: str) -> Merged:
+def averaged(suite: Suite, name: str, folder: Path) -> Merged:
     return Merged(merge(suite, 1 / len(suite.tasks)))
 
 
-def task_arithmetic(suite: Suite, method: str) -> Merged:
+def task_arithmetic(suite: Suite, name: str, folder: Path) -> Merged:
     curve = []
-    for tenth in tqdm(range(11), desc=f"{method}, λ = 0 … 1", unit="λ"):
-        accuracy = evaluate(suite, merge(suite, tenth / 10))
-        curve.append({"scaling": tenth / 10, "accuracy": accuracy, "average": mean(accuracy)})
+    with progress(suite.scalings, f"{name}: trying λ", unit="λ") as scalings:
+        for scaling in scalings:
+            accuracy = evaluate(suite, merge(suite, scaling))
+            curve.append({"scaling": scaling, "accuracy": accuracy, "average": mean(accuracy)})
     return Merged(merge(suite, 0.3), {"curve": curve})
 
 
@@ -178,18 +292,18 @@ def merge(suite: Suite, scaling: float) -> nn.Module:
     return model
 
 
-def mixture(depth: int) -> Callable[[Suite, str], Merged]:
+def mixture(depth: int) -> Callable[[Suite, str, Path], Merged]:
     """WEMoE with routers of this depth, adapted to the unlabelled test images."""
 
-    def method(suite: Suite, method: str) -> Merged:
-        model = wemoe.upscale(suite.pretrained, suite.experts, router_depth=depth)
-        curve = adapt(suite, model, method)
+    def method(suite: Suite, name: str, folder: Path) -> Merged:
+        model = wemoe.upscale(suite.pretrained, suite.experts, router_depth=depth).to(suite.device)
+        curve = adapt(suite, model, name, folder)
         return Merged(model, {"adaptation": curve, "routing": mean_routing_weights(suite, model)})
 
     return method
 
 
-METHODS: dict[str, Callable[[Suite, str], Merged]] = {
+METHODS: dict[str, Callable[[Suite, str, Path], Merged]] = {
     "Pre-trained": pretrained,
     "Individual": individual,
     "Weight Averaging": averaged,
@@ -200,38 +314,72 @@ METHODS: dict[str, Callable[[Suite, str], Merged]] = {
 }
 
 
-def adapt(suite: Suite, model: nn.Module, method: str) -> dict[str, list[float]]:
-    """Adapt the model in place: entropy (nats) at each step, accuracy (%) on part of the test images now and then."""
-    settings = suite.adaptation
+def adapt(suite: Suite, model: nn.Module, name: str, folder: Path) -> dict[str, list[float]]:
+    """Adapt the model in place: entropy (nats) at each step, accuracy (%) on part of the test images now and then.
+
+    Routers, optimiser and curve are kept in `folder` ten times on the way, and an adaptation goes on from there.
+    """
+    settings, file = suite.adaptation, folder / "adaptation.pt"
     part = {task: (images[:60], labels[:60]) for task, (images, labels) in suite.test.items()}
-    every = max(1, settings.steps // 10)
-    curve = {"steps": [0], "accuracy": [mean(evaluate(suite, model, part))]}
-    with tqdm(total=settings.steps, desc=f"{method}: adapting", unit="step") as bar:
+    routers = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.Adam(routers.values())
+    curve = {"steps": [0], "accuracy": [mean(evaluate(suite, model, part))], "entropy": []}
+    if file.exists():
+        kept = torch.load(file, suite.device, weights_only=True)
+        curve = kept["curve"]
+        optimizer.load_state_dict(kept["optimizer"])
+        for router, p in routers.items():
+            p.data.copy_(kept["routers"][router])
+    done = curve["steps"][-1]
+    with progress(None, f"{name}: adapting", total=settings.steps, initial=done, unit="step") as bar:
 
         def on_step(step: int, entropies: dict[str, float]) -> None:
+            curve["entropy"].append(round(average_over_processes(mean(entropies)), 6))
             bar.update()
-            if step % every == 0 or step == settings.steps:
+            if step % max(1, settings.steps // 10) == 0 or step == settings.steps:
                 curve["steps"].append(step)
                 curve["accuracy"].append(mean(evaluate(suite, model, part)))
-                bar.set_postfix(entropy=f"{mean(entropies):.3f}", accuracy=f"{curve['accuracy'][-1]:.1f}")
+                bar.set_postfix(entropy=f"{curve['entropy'][-1]:.3f}", accuracy=f"{curve['accuracy'][-1]:.1f}")
+                state = {"curve": curve, "optimizer": optimizer.state_dict(), "routers": routers}
+                write(file, lambda path: torch.save(state, path))
 
-        loaders = {task: Unlabelled(suite, task) for task in suite.tasks}
-        heads = {task: suite.logits(task) for task in suite.tasks}
-        entropies = wemoe.adapt(model, loaders, heads, steps=settings.steps, lr=settings.lr, on_step=on_step)
-    return {**curve, "entropy": [round(value, 6) for value in entropies]}
+        if done < settings.steps:
+            with precision(suite.device, settings.precision):
+                wemoe.adapt(
+                    DistributedDataParallel(model) if world() > 1 else model,
+                    loaders={task: Unlabelled(suite, task, start=done) for task in suite.tasks},
+                    heads={task: suite.logits(task) for task in suite.tasks},
+                    steps=settings.steps,
+                    lr=settings.lr,
+                    optimizer=optimizer,
+                    start=done,
+                    on_step=on_step,
+                )
+    return curve
 
 
 class Unlabelled:
-    """Batches of a task's test images, without labels, in an order that is new in every epoch."""
+    """A task's test images without labels, in an order that is new in every epoch; `start`: the first batch to give.
 
-    def __init__(self, suite: Suite, task: str):
-        self.suite, self.images = suite, suite.test[task][0]
+    Each process of a distributed run gets its share of every batch.
+    """
+
+    def __init__(self, suite: Suite, task: str, start: int = 0):
+        self.suite, self.images, self.start = suite, suite.test[task][0], start
         self.generator = torch.Generator().manual_seed(derive_seed(suite.seed, "adaptation", task))
 
+    def epoch(self) -> list[Tensor]:
+        batches = torch.randperm(len(self.images), generator=self.generator).split(self.suite.adaptation.batch_size)
+        return batches[:-1] if len(batches) > 1 and len(batches[-1]) < len(batches[0]) else batches
+
     def __iter__(self) -> Iterator[Tensor]:
-        order = torch.randperm(len(self.images), generator=self.generator)
-        for batch in order.split(self.suite.adaptation.batch_size):
-            yield self.suite.images(self.images[batch])
+        batches = self.epoch()
+        while self.start >= len(batches):
+            self.start -= len(batches)
+            batches = self.epoch()
+        batches, self.start = batches[self.start :], 0
+        for batch in batches:
+            yield self.suite.images(self.images[batch[rank() :: world()]])
 
 
 @torch.no_grad()
@@ -253,24 +401,40 @@ def mean_routing_weights(suite: Suite, model: nn.Module, count: int = 96) -> dic
 
 @torch.no_grad()
 def evaluate(suite: Suite, model: nn.Module | dict[str, nn.Module], test: dict | None = None) -> dict[str, float]:
-    """Accuracy in percent on the test images of every task."""
-    accuracy = {}
-    for task, (images, labels) in (test or suite.test).items():
-        tower = model[task] if isinstance(model, dict) else model
-        predicted = [suite.logits(task)(tower(suite.images(batch))).argmax(-1).cpu() for batch in images.split(240)]
-        accuracy[task] = 100 * (torch.cat(predicted) == labels).float().mean().item()
+    """Accuracy in percent on the test images of every task; the processes of a distributed run share the images."""
+    test, accuracy = test or suite.test, {}
+    total = sum(len(labels[rank() :: world()]) for _, labels in test.values())
+    with progress(None, "Evaluating", total=total, unit="img", leave=False, delay=3) as bar:
+        for task, (images, labels) in test.items():
+            tower = (model[task] if isinstance(model, dict) else model).to(suite.device)
+            right = torch.zeros((), dtype=torch.long, device=suite.device)
+            for batch in torch.arange(rank(), len(labels), world()).split(128):
+                with precision(suite.device, suite.precision):
+                    features = tower(suite.images(images[batch]))
+                right += (suite.logits(task)(features).argmax(-1) == labels[batch].to(suite.device)).sum()
+                bar.update(len(batch))
+            if isinstance(model, dict):
+                tower.cpu()  # one expert at a time on the device
+            if world() > 1:
+                dist.all_reduce(right)
+            accuracy[task] = 100 * right.item() / len(labels)
+    if not isinstance(model, dict) and model is suite.pretrained:
+        model.cpu()
     return accuracy
 
 
-def run_method(suite: Suite, name: str, cache: Path) -> dict:
+def run_method(suite: Suite, name: str, key: str, cache: Path) -> dict:
     """The method's entry in results.json, read from the cache if it is there."""
-    key = fingerprint(suite.key, suite.adaptation, name, *((HERE / file).read_bytes() for file in CODE))
-    file = cache / f"method-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{key}.json"
+    key = fingerprint(key, name, *((HERE / file).read_bytes() for file in CODE))
+    folder = cache / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{key}"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "result.json"
+    barrier()
     if file.exists():
         return json.loads(file.read_text())
     start = time.perf_counter()
     torch.manual_seed(suite.seed)
-    merged = METHODS[name](suite, name)
+    merged = METHODS[name](suite, name, folder)
     accuracy = evaluate(suite, merged.model)
     seconds = time.perf_counter() - start
     models = merged.model.values() if isinstance(merged.model, dict) else [merged.model]
@@ -285,13 +449,31 @@ def run_method(suite: Suite, name: str, cache: Path) -> dict:
         **merged.record,
     }
     write(file, lambda path: path.write_text(json.dumps(result)))
+    barrier()
     return result
 
 
 CODE = ("wemoe.py", "reproduce.py")
 
 
-def check_claims(methods: dict[str, dict]) -> list[dict]:
+def check_claims(suite: Suite, methods: dict[str, dict]) -> list[dict]:
+    return check_published(suite, methods) if suite.published else check_miniature(methods) if suite.scalings else []
+
+
+def check_published(suite: Suite, methods: dict[str, dict]) -> list[dict]:
+    """Our averages against the published ones: within 0.5 points, or 0.8 where something is learned."""
+    claims = []
+    for name, row in suite.published.items():
+        if name in methods:
+            ours, theirs = methods[name]["average"], mean({task: row["accuracy"][task] for task in suite.tasks})
+            margin = 0.8 if "adaptation" in methods[name] else 0.5
+            text = f"{name} is within {margin} points of the published average ({row['source']})"
+            detail = f"{ours:.2f} against {theirs:.2f}"
+            claims.append({"claim": text, "holds": abs(ours - theirs) <= margin, "detail": detail})
+    return claims
+
+
+def check_miniature(methods: dict[str, dict]) -> list[dict]:
     """The paper's claims, each on our own numbers; those about methods that were not run are left out."""
     average = {name: method["average"] for name, method in methods.items()}
     if "Task Arithmetic" in methods:  # the strongest static merge: its best λ, which no label-free method could know
@@ -347,13 +529,11 @@ STATIC = ("Weight Averaging", "Task Arithmetic")
 
 def run(arguments: argparse.Namespace) -> bool:
     """The whole experiment. Returns whether every claim holds."""
-    make_suite, _ = SUITES[arguments.suite]
-    output = arguments.output / arguments.suite
-    cache = output / "cache"
-    cache.mkdir(parents=True, exist_ok=True)
-    adaptation = Adaptation() if arguments.steps is None else Adaptation(steps=arguments.steps)
-    suite = make_suite(arguments.tasks, arguments.seed, torch.device(arguments.device), adaptation, cache)
-    methods = {name: run_method(suite, name, cache) for name in arguments.methods}
+    output = arguments.folder
+    (output / "cache").mkdir(parents=True, exist_ok=True)
+    suite = SUITES[arguments.suite][0](arguments)
+    key = suite.key
+    methods = {name: run_method(suite, name, key, output / "cache") for name in arguments.methods}
     results = {
         "suite": suite.name,
         "seed": suite.seed,
@@ -363,18 +543,22 @@ def run(arguments: argparse.Namespace) -> bool:
             "torch": torch.__version__,
             "open_clip": open_clip.__version__,
         },
-        "settings": {"training": asdict(Training()), "adaptation": asdict(adaptation)},
+        "settings": {"precision": suite.precision, "adaptation": asdict(suite.adaptation), "limit": arguments.limit},
         "tasks": suite.tasks,
         "methods": list(methods.values()),
-        "claims": check_claims(methods),
+        "published": list(suite.published.values()),
+        "claims": check_claims(suite, methods),
     }
-    write(output / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
-    write(output / "table.md", lambda path: path.write_text(table(results)))
-    print("\n" + table(results))
-    draw_figures(suite, results, output)
+    if rank() == 0:
+        write(output / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
+        write(output / "table.md", lambda path: path.write_text(table(results)))
+        draw_figures(suite, results, output)
+    say("\n" + table(results))
+    if arguments.limit:
+        say(f"Only the first {arguments.limit} images of every test set: not comparable with published figures.")
     for claim in results["claims"]:
-        print(f"{'✓' if claim['holds'] else '✗'} {claim['claim']}: {claim['detail']}")
-    print(f"\nResults and figures are in {output}/.")
+        say(f"{'✓' if claim['holds'] else '✗'} {claim['claim']}: {claim['detail']}")
+    say(f"\nResults and figures are in {output}/.")
     return all(claim["holds"] for claim in results["claims"])
 
 
@@ -385,12 +569,18 @@ def run(arguments: argparse.Namespace) -> bool:
 
 def table(results: dict) -> str:
     """Accuracy in percent by method and task, as Markdown that is legible on a console too."""
-    header = ["Method", *results["tasks"], "Average", "Seconds", "Trainable"]
-    rows = [
-        [method["name"], *(f"{method['accuracy'][task]:.1f}" for task in results["tasks"]), f"{method['average']:.1f}"]
-        + [f"{method['seconds']:.0f}", f"{method['trainable_parameters']:,}"]
-        for method in results["methods"]
-    ]
+    tasks = results["tasks"]
+    header, rows = ["Method", *tasks, "Average", "Seconds", "Trainable"], []
+    published = {OUR_NAMES.get(row["method"], row["method"]): row for row in results["published"]}
+    for method in results["methods"]:
+        ours = [*(method["accuracy"][task] for task in tasks), method["average"]]
+        cells = [f"{method['seconds']:.0f}", f"{method['trainable_parameters']:,}"]
+        rows.append([method["name"], *(f"{value:.1f}" for value in ours), *cells])
+        if row := published.get(method["name"]):
+            theirs = [row["accuracy"][task] for task in tasks]
+            theirs.append(sum(theirs) / len(theirs))
+            rows.append([f"  published ({row['source']})", *(f"{value:.1f}" for value in theirs), "", ""])
+            rows.append(["  difference", *(f"{a - b:+.1f}" for a, b in zip(ours, theirs)), "", ""])
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [
         "| " + " | ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
@@ -409,7 +599,7 @@ def draw_figures(suite: Suite, results: dict, output: Path) -> None:
     methods = {method["name"]: method for method in results["methods"]}
     figures = {"tasks": draw_tasks(plt, suite), "accuracy": draw_accuracy(plt, results)}
     if curves := {name: method["adaptation"] for name, method in methods.items() if "adaptation" in method}:
-        figures["adaptation"] = draw_adaptation(plt, curves, methods)
+        figures["adaptation"] = draw_adaptation(plt, curves, methods, suite.curve)
     if "WEMoE" in methods:
         figures["routing"] = draw_routing(plt, suite.tasks, methods["WEMoE"]["routing"])
     for name, figure in figures.items():
@@ -423,6 +613,7 @@ def draw_tasks(plt, suite: Suite, columns: int = 24):
     figure, axes = plt.subplots(len(suite.tasks), figsize=size, layout="constrained", squeeze=False)
     for task, axis in zip(suite.tasks, axes[:, 0]):
         images = suite.test[task][0][:columns]
+        images = images[..., :: max(1, images.shape[-2] // 64), :: max(1, images.shape[-1] // 64)]
         axis.imshow(images.permute(2, 0, 3, 1).flatten(1, 2).numpy())  # side by side
         axis.set(xticks=[], yticks=[])
         axis.set_ylabel(task, rotation=0, ha="right", va="center")
@@ -446,8 +637,8 @@ def draw_accuracy(plt, results: dict):
     return figure
 
 
-def draw_adaptation(plt, curves: dict[str, dict], methods: dict[str, dict]):
-    """Entropy and accuracy during adaptation, one line for each method that adapts."""
+def draw_adaptation(plt, curves: dict[str, dict], methods: dict[str, dict], authors: dict | None):
+    """Entropy and accuracy during adaptation, one line for each method that adapts, and the authors' WEMoE."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for name, curve in curves.items():
         left.plot(range(1, len(curve["entropy"]) + 1), curve["entropy"], label=name, linewidth=1)
@@ -455,6 +646,10 @@ def draw_adaptation(plt, curves: dict[str, dict], methods: dict[str, dict]):
     for name, style in (("Individual", "--"), ("Task Arithmetic", ":")):
         if name in methods:
             right.axhline(methods[name]["average"], color="grey", linestyle=style, label=name)
+    if authors:
+        right.plot(
+            authors["steps"], authors["average"], "k^--", label="WEMoE, the authors' (all test images)", markersize=4
+        )
     left.set(xlabel="adaptation step", ylabel="mean entropy (nats)", ylim=(0, None), title="What is minimised")
     right.set(xlabel="adaptation step", ylabel="accuracy (%)", title="What is gained (60 test images of each task)")
     right.legend()
@@ -488,10 +683,10 @@ def mean(values: dict[str, float]) -> float:
 
 
 def fingerprint(*parts: object) -> str:
-    """A short name for everything that a cached file depends on."""
+    """A short name for everything that a cached file depends on: bytes, arrays, and whatever has a telling repr."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(part if isinstance(part, bytes) else repr(part).encode())
+        digest.update(repr(part).encode() if not hasattr(part, "__array__") and not isinstance(part, bytes) else part)
         digest.update(b"\0")
     return digest.hexdigest()[:16]
 
@@ -502,10 +697,44 @@ def derive_seed(*parts: object) -> int:
 
 
 def write(file: Path, save: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all."""
-    aside = file.with_name(file.name + ".part")
+    """Write a file whole or not at all; several processes may write the same one."""
+    aside = file.with_name(f"{file.name}.{os.getpid()}.part")
     save(aside)
     aside.replace(file)
+
+
+def precision(device: torch.device, name: str):
+    return torch.autocast(device.type, getattr(torch, name), enabled=name != "float32")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if world() > 1:
+        dist.barrier()
+
+
+def average_over_processes(value: float) -> float:
+    if world() == 1:
+        return value
+    total = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(total)
+    return total.item() / world()
+
+
+def say(text: str) -> None:
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def progress(items, description: str, **options) -> tqdm:
+    return tqdm(items, description, disable=rank() > 0, **options)
 
 
 class Parser(argparse.ArgumentParser):
@@ -519,22 +748,48 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description="Merge fine-tuned models in several ways, measure them, and check the claims of the WEMoE paper.",
         epilog="Exit status: 0 if every claim holds, 1 if one does not, 2 for a usage error or bad input.",
     )
-    parser.add_argument("suite", nargs="?", default="miniature", choices=SUITES, help="default: %(default)s")
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks (default: all eight)")
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", help=f"only these of {', '.join(METHODS)}")
-    parser.add_argument("--steps", type=int, help=f"adaptation steps (default: {Adaptation.steps})")
-    parser.add_argument("--seed", type=int, default=0, help="of fine-tuning and adaptation (default: %(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
-    parser.add_argument("--output", type=Path, default=Path("results"), help="a folder (default: %(default)s)")
+    add = parser.add_argument
+    add("suite", nargs="?", default="miniature", choices=SUITES, help="default: %(default)s")
+    add("--tasks", nargs="+", metavar="TASK", help="only these tasks (default: all eight)")
+    add("--methods", nargs="+", metavar="METHOD", help=f"only these of {', '.join(METHODS)}")
+    add("--steps", type=int, help="adaptation steps (default: 150 in the miniature, 1000 as in the paper)")
+    add("--seed", type=int, default=0, help="of fine-tuning and adaptation (default: %(default)s)")
+    add("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
+    add("--precision", choices=PRECISIONS, help="of evaluation (default: bfloat16 for CLIP on a GPU, else float32)")
+    add("--adapt-precision", choices=PRECISIONS, help="of adaptation (default: float32)")
+    add("--output", type=Path, default=Path("results"), help="a folder (default: %(default)s)")
+    paper = parser.add_argument_group("for the paper's suites")
+    add = paper.add_argument
+    add("--hub", type=Path, metavar="DIR", help="read a mirror of the model hub instead of downloading")
+    add("--experts", type=Path, metavar="DIR", help="the task-arithmetic authors' checkpoints instead of the hub's")
+    add("--finetune", action="store_true", help="make the experts from the train splits instead of downloading them")
+    add("--arch", help="with --finetune: another architecture of open_clip's")
+    add("--pretrained", default="openai", help="with --finetune: which of its weights (default: %(default)s)")
+    add("--limit", type=int, metavar="N", help="only the first N images of every test set, for a quick look")
+    add("--cache", type=Path, default=Path.home() / ".cache" / "wemoe", help="decoded images (default: %(default)s)")
     parsed = parser.parse_args(arguments)
     parsed.tasks = choose("task", parsed.tasks, SUITES[parsed.suite][1])
     parsed.methods = choose("method", parsed.methods, list(METHODS))
-    if parsed.steps is not None and parsed.steps < 1:
-        raise InputError(f"--steps {parsed.steps}: at least one adaptation step is needed")
-    if not 0 <= parsed.seed < 2**31:
-        raise InputError(f"--seed {parsed.seed}: a seed lies between 0 and {2**31 - 1}")
+    for option, least in (("steps", 1), ("seed", 0), ("limit", 1)):
+        value = getattr(parsed, option)
+        if value is not None and not least <= value < 2**31:
+            raise InputError(f"--{option} {value}: a number from {least} to {2**31 - 1} is needed")
+    if parsed.suite == "miniature":
+        for option in ("hub", "experts", "finetune", "arch", "limit"):
+            if getattr(parsed, option):
+                raise InputError(f"--{option} is for the paper's suites: {', '.join(clip.ARCHITECTURES)}")
+    if (parsed.arch or parsed.pretrained != "openai") and not parsed.finetune:
+        raise InputError("--arch and --pretrained need --finetune: no experts are published for them")
+    if parsed.finetune and parsed.experts:
+        raise InputError("--finetune makes the experts, --experts reads them: choose one")
     parsed.device = choose_device(parsed.device)
+    parsed.name = parsed.suite if not parsed.arch else f"{parsed.arch}-{parsed.pretrained}"
+    variants = {"experts": parsed.experts, "finetune": parsed.finetune, f"first{parsed.limit}": parsed.limit}
+    parsed.folder = parsed.output / "-".join([parsed.name, *(name for name, on in variants.items() if on)])
     return parsed
+
+
+PRECISIONS = ("float32", "bfloat16")
 
 
 def choose(kind: str, wanted: list[str] | None, known: list[str]) -> list[str]:
@@ -548,16 +803,19 @@ def choose(kind: str, wanted: list[str] | None, known: list[str]) -> list[str]:
 
 
 def choose_device(name: str | None) -> str:
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+    """The device to run on; in a distributed run, each process has a GPU of its own."""
+    if name is None and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}" if world() > 1 else "cuda"
     try:
-        torch.empty(0, device=name)
+        torch.empty(0, device=name or "cpu")
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); 'cpu' always is") from None
-    return name
+    return name or "cpu"
 
 
 def main(arguments: list[str] | None = None) -> int:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():  # started by torchrun
+        dist.init_process_group()
     try:
         return 0 if run(parse_arguments(arguments)) else 1
     except (InputError, OSError, FloatingPointError) as error:
@@ -566,6 +824,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nreproduce.py: interrupted; the same command goes on from what is finished", file=sys.stderr)
         return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

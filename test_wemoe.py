@@ -9,10 +9,19 @@ import copy
 import io
 import json
 import math
+import os
+import pickle
 import re
+import subprocess
 import sys
+import threading
+import types
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
+import huggingface_hub
+import numpy as np
 import open_clip
 import pytest
 import timm
@@ -22,13 +31,14 @@ import torchvision
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from PIL import Image, ImageOps
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import reproduce
 import wemoe
-from data import miniature
+from data import clip, miniature
 from wemoe import Router, WEMoE, adapt, entropy, routing_weights, task_arithmetic, task_vector, upscale
 
 ATOL = 2e-5
@@ -92,6 +102,13 @@ class Fixed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.lam.expand(len(x), self.lam.shape[-1])
+
+
+class Repeated(Fixed):
+    """The same routing weights for all samples, but each with a copy of its own, as a router gives them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lam.repeat(len(x), 1)
 
 
 def literal(pretrained: nn.Module, finetuned: list[nn.Module], lam: Tensor, x: Tensor) -> Tensor:
@@ -219,11 +236,13 @@ def test_output_and_gradients_are_the_equation_evaluated_sample_by_sample(kind, 
 def test_one_hot_zero_and_constant_routers(kind, tasks, batch, tokens, lam, seed):
     pretrained, finetuned = family(kind, 4, tasks, seed)
     x = torch.randn(batch, *tokens, 4)
-    for t in range(tasks):
-        close(WEMoE(pretrained, finetuned, Fixed(torch.eye(tasks)[t]))(x), finetuned[t](x))
-    close(WEMoE(pretrained, finetuned, Fixed(torch.zeros(tasks)))(x), pretrained(x))
     merged = task_arithmetic(pretrained, [task_vector(pretrained, model) for model in finetuned], lam)
-    close(WEMoE(pretrained, finetuned, Fixed(torch.full((tasks,), lam)))(x), functional_call(pretrained, merged, (x,)))
+    for rows in (1, batch):  # one set of weights that all samples share, or one for each
+        eye, zeros, constant = torch.eye(tasks), torch.zeros(rows, tasks), torch.full((rows, tasks), lam)
+        for t in range(tasks):
+            close(WEMoE(pretrained, finetuned, Fixed(eye[t].repeat(rows, 1)))(x), finetuned[t](x))
+        close(WEMoE(pretrained, finetuned, Fixed(zeros))(x), pretrained(x))
+        close(WEMoE(pretrained, finetuned, Fixed(constant))(x), functional_call(pretrained, merged, (x,)))
 
 
 @given(kinds, task_numbers, st.integers(2, 5), axes, st.randoms(), seeds)
@@ -256,6 +275,7 @@ def test_tiles_of_any_size_give_the_same(tile, monkeypatch):
         close(whole, tiled, atol=1e-3)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 6), reason="vmap takes no saved-tensor hooks before torch 2.6")
 @pytest.mark.parametrize("kind", ["plain", "gated", "attention"])
 def test_merged_weights_are_not_kept_for_the_backward_pass(kind):
     if kind == "attention":
@@ -289,7 +309,7 @@ def test_attention_with_its_further_arguments_and_outputs(training, batch, seed)
     mask, padding = torch.ones(3, 5, dtype=torch.bool).triu(1), torch.zeros(batch, 5, dtype=torch.bool)
     padding[:, 4:] = True
     for t in (0, 1):
-        module = WEMoE(models[0], models[1:], Fixed(torch.eye(2)[t])).train(training)
+        module = WEMoE(models[0], models[1:], Repeated(torch.eye(2)[t])).train(training)
         ours, theirs = (m(q, k, value=k, attn_mask=mask, key_padding_mask=padding) for m in (module, models[1 + t]))
         close(ours[0], theirs[0])
         close(ours[1], theirs[1])
@@ -313,7 +333,7 @@ def test_the_input_may_be_given_by_name_and_outputs_may_be_nested():
             return {"out": self.fc(hidden_states) * scale + bias, "pair": (None, hidden_states.mean(-1)), "n": 3}
 
     models = [randomised(Block()) for _ in range(3)]
-    module, x, bias = WEMoE(models[0], models[1:], Fixed(torch.eye(2)[1])), torch.randn(2, 3, 4), torch.randn(4)
+    module, x, bias = WEMoE(models[0], models[1:], Repeated(torch.eye(2)[1])), torch.randn(2, 3, 4), torch.randn(4)
     ours, theirs = (m(hidden_states=x, scale=2.0, bias=bias) for m in (module, models[2]))
     close(ours["out"], theirs["out"])
     close(ours["pair"][1], theirs["pair"][1])
@@ -379,7 +399,7 @@ def test_other_types(module_and_input, dtype, atol):
 @pytest.mark.parametrize("kind", ["plain", "normed", "gated"])
 def test_bfloat16_autocast_gives_the_same_type_and_precision_as_the_dense_module(kind):
     pretrained, finetuned = family(kind, 8, 2, 0)
-    module, x = WEMoE(pretrained, finetuned, Fixed(torch.eye(2)[0])), torch.randn(4, 5, 8, requires_grad=True)
+    module, x = WEMoE(pretrained, finetuned, Repeated(torch.eye(2)[0])), torch.randn(4, 5, 8, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         y, dense = module(x), finetuned[0](x)
         loss = y.float().square().mean()
@@ -439,7 +459,7 @@ class Transformer(nn.Module):
 def set_routing(model: nn.Module, lam: Tensor) -> None:
     for module in model.modules():
         if isinstance(module, WEMoE):
-            module.router = Fixed(lam)
+            module.router = Repeated(lam)
 
 
 @given(task_numbers, batch_sizes, st.integers(0, 2), seeds)
@@ -715,6 +735,26 @@ def test_adapt_is_reproducible_and_starts_short_loaders_again():
         assert all(torch.equal(p, other[1][name]) for name, p in results[0][1].items())
 
 
+def test_adapt_goes_on_where_it_was_interrupted():
+    model, loaders, heads = small_problem()
+    other = copy.deepcopy(model)
+    history = adapt(model, loaders, heads, steps=8, lr=1e-2)
+    optimizer = torch.optim.Adam([p for p in other.parameters() if p.requires_grad])
+
+    class Stop(Exception):
+        pass
+
+    def stop(step: int, _: dict) -> None:
+        if step == 5:
+            raise Stop
+
+    with pytest.raises(Stop):
+        adapt(other, loaders, heads, steps=8, lr=1e-2, optimizer=optimizer, on_step=stop)
+    rest = {task: batches[2:] + batches[:2] for task, batches in loaders.items()}  # 5 of 3 + 3 + 2 batches are used up
+    assert adapt(other, rest, heads, steps=8, lr=1e-2, optimizer=optimizer, start=5) == history[5:]
+    assert all(torch.equal(p, trained(other)[name]) for name, p in trained(model).items())
+
+
 def test_adapt_refuses_a_non_finite_entropy_and_leaves_the_routers_as_they_were():
     model, loaders, heads = small_problem()
     loaders["b"][2][0, 0, 0] = math.nan
@@ -798,7 +838,7 @@ def test_parameters_that_are_not_the_routers_cannot_be_trained_silently():
     module = WEMoE(LINEAR, [nn.Linear(2, 2)], Router(2, 1))
     module.pretrained.requires_grad_(True)
     with pytest.raises(NotImplementedError, match="only the router is trainable"):
-        module(torch.ones(1, 2))
+        module(torch.ones(2, 2))
 
 
 # ------------------------------------------------------------------------------------------
@@ -859,6 +899,865 @@ def test_pretraining_writes_a_checkpoint_that_can_be_read_again(tmp_path, monkey
     monkeypatch.setattr(miniature, "CHECKPOINT", file)
     assert not torch.equal(miniature.load_pretrained().visual.proj, miniature.build_model().visual.proj)
     assert all(torch.equal(p, states[1][name]) for name, p in states[0].items())
+
+
+# ------------------------------------------------------------------------------------------
+# The paper's suite: its inputs, on files of the real formats and layouts made here
+# ------------------------------------------------------------------------------------------
+
+TINY = clip.Architecture("tiny", "tiny-quickgelu", "openai", "timm/tiny.openai", "tanganke/clip-tiny_{}")
+TINY_VISION = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "head_width": 32}
+TINY_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny(tmp_path_factory):
+    """A small architecture that open_clip knows by name, with and without QuickGELU."""
+    folder = tmp_path_factory.mktemp("configs")
+    for name, quick in (("tiny-quickgelu", True), ("tiny-plain", False)):
+        config = {"embed_dim": 48, "quick_gelu": quick, "vision_cfg": TINY_VISION, "text_cfg": TINY_TEXT}
+        (folder / f"{name}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return randomise(open_clip.create_model(TINY.model)).eval()
+
+
+def randomise(module):
+    """Different numbers in every entry, so that a mistaken mapping shows."""
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if name != "logit_scale":
+                p.uniform_(-0.1, 0.1).add_(p.ndim == 1 and name.endswith("weight"))
+    return module
+
+
+def hf_vision(**sizes):
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(1)
+    return randomise(CLIPVisionModel(CLIPVisionConfig(hidden_act="quick_gelu", **sizes))).eval()
+
+
+def tiny_hugging_face():
+    return hf_vision(
+        hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    )
+
+
+def bare(state):
+    return {name.removeprefix("vision_model."): value for name, value in state.items()}
+
+
+# ------------------------------------------------------------------------------------------
+# facts
+# ------------------------------------------------------------------------------------------
+
+
+def test_facts_are_those_of_the_paper():
+    expected = {
+        "SUN397": 397,
+        "Cars": 196,
+        "RESISC45": 45,
+        "EuroSAT": 10,
+        "SVHN": 10,
+        "GTSRB": 43,
+        "MNIST": 10,
+        "DTD": 47,
+    }
+    assert {name: len(task.classes) for name, task in clip.TASKS.items()} == expected
+    assert sum(task.images for task in clip.TASKS.values()) == 87433
+    assert all("{}" in template for task in clip.TASKS.values() for template in task.templates)
+    assert clip.TASKS["SVHN"].config == "cropped_digits" and clip.TASKS["Cars"].checkpoint_suffix == "stanford-cars"
+    published = json.loads((Path(clip.__file__).parent / "published.json").read_text())
+    assert published["tasks"] == list(clip.TASKS)
+    for rows in published["main"].values():
+        for row in rows:
+            assert len(row["accuracy"]) == 8 and abs(np.mean(row["accuracy"]) - row["average"]) < 0.6, row
+
+
+@pytest.mark.parametrize("name", clip.ARCHITECTURES)
+def test_architectures_are_open_clips_own(name):
+    arch = clip.architecture(name)
+    tag = open_clip.get_pretrained_cfg(arch.model, arch.pretrained)
+    assert (
+        tag["hf_hub"] == f"{arch.repo}/" and tag["quick_gelu"] and open_clip.get_model_config(arch.model)["quick_gelu"]
+    )
+    assert clip.preprocessing(arch).input_size == (3, 224, 224)
+
+
+def test_other_architectures():
+    other = clip.architecture("ViT-B-16", "laion2b_s34b_b88k")
+    assert (other.model, other.repo, other.experts) == ("ViT-B-16", "laion/CLIP-ViT-B-16-laion2B-s34B-b88K", None)
+    siglip = clip.preprocessing(clip.architecture("ViT-B-16-SigLIP", "webli"))
+    assert siglip.mean == (0.5, 0.5, 0.5) and siglip.resize_mode == "squash"
+    with pytest.raises(clip.InputError, match="'nonsense' for 'ViT-B-16'.*openai"):
+        clip.architecture("ViT-B-16", "nonsense")
+    with pytest.raises(clip.InputError, match="--finetune"):
+        clip.expert_repo(other, "DTD")
+
+
+# ------------------------------------------------------------------------------------------
+# pre-trained model
+# ------------------------------------------------------------------------------------------
+
+
+def test_load_pretrained_from_a_mirror(tmp_path, model):
+    path = tmp_path / TINY.repo / "open_clip_model.safetensors"
+    path.parent.mkdir(parents=True)
+    save_file(model.state_dict(), path)
+    loaded = clip.load_pretrained(TINY, tmp_path)
+    assert not loaded.training and all(p.dtype == torch.float32 for p in loaded.parameters())
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+    x = torch.linspace(-4, 4, 99)
+    for tower in (loaded.visual.transformer, loaded.transformer):
+        for block in tower.resblocks:
+            assert torch.allclose(block.mlp.gelu(x), x * torch.sigmoid(1.702 * x))
+            assert not torch.allclose(block.mlp.gelu(x), F.gelu(x), atol=1e-3)
+
+
+def test_load_pretrained_by_download(tmp_path, model, monkeypatch):
+    """Without a mirror open_clip downloads by its tag; QuickGELU is forced where the tag needs it."""
+    path = tmp_path / "weights.safetensors"
+    save_file(model.state_dict(), path)
+    tag = {"openai": {"hf_hub": "timm/tiny/", "quick_gelu": True, "mean": (0.1, 0.2, 0.3), "std": (1.0, 1.0, 1.0)}}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-plain", tag)
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: str(path))
+    loaded = clip.load_pretrained(clip.architecture("tiny-plain", "openai"))
+    assert isinstance(loaded.visual.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU)
+    assert loaded.visual.preprocess_cfg["mean"] == (0.1, 0.2, 0.3)
+
+    def fail(*_, **__):
+        raise OSError("no route\nto host")
+
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", fail)
+    with pytest.raises(clip.InputError, match="tiny-plain from openai.*no route to host"):
+        clip.load_pretrained(clip.architecture("tiny-plain", "openai"))
+
+
+@pytest.mark.parametrize("damage", ["absent", "garbage", "shape", "nan", "missing"])
+def test_load_pretrained_refuses(tmp_path, model, damage):
+    path = tmp_path / TINY.repo / "open_clip_model.safetensors"
+    path.parent.mkdir(parents=True)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    if damage == "shape":
+        state["visual.proj"] = torch.zeros(3, 3)
+    elif damage == "nan":
+        state["visual.proj"][0, 0] = float("nan")
+    elif damage == "missing":
+        del state["visual.proj"]
+    if damage == "garbage":
+        path.write_bytes(b"garbage")
+    elif damage != "absent":
+        save_file(state, path)
+    with pytest.raises(
+        clip.InputError, match="open_clip_model" if damage == "garbage" else "tiny.openai|visual.proj"
+    ) as e:
+        clip.load_pretrained(TINY, tmp_path)
+    assert "\n" not in str(e.value)
+
+
+# ------------------------------------------------------------------------------------------
+# conversion
+# ------------------------------------------------------------------------------------------
+
+
+def same_features(hf, visual, tower):
+    pooled = []
+    visual.load_state_dict(tower, assign=True)
+    visual.ln_post.register_forward_hook(lambda *call: pooled.append(call[2][:, 0]))
+    x = torch.randn(2, 3, *visual.image_size)
+    with torch.no_grad():
+        expected, projected = hf(pixel_values=x).pooler_output, visual(x)
+    assert expected.std() > 0.1  # features that differ among themselves
+    torch.testing.assert_close(pooled[0], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(projected, expected @ tower["proj"], atol=1e-5, rtol=1e-5)
+
+
+def test_conversion_at_small_size(model):
+    hf = tiny_hugging_face()
+    visual = open_clip.create_model(TINY.model).visual
+    projection = visual.proj.detach().clone()
+    tower = clip.from_hugging_face(hf.state_dict(), visual, "file")
+    assert list(tower) == list(visual.state_dict()) and torch.equal(tower["proj"], projection)
+    tower["proj"] += 1  # a copy: the pre-trained tower stays as it was
+    assert torch.equal(visual.proj, projection)
+    tower["proj"] -= 1
+    same_features(hf, visual.eval(), tower)
+
+
+def test_conversion_at_the_size_of_b32():
+    hf = hf_vision()  # CLIPVisionConfig's defaults are those of B/32
+    assert sum(p.numel() for p in hf.parameters()) == 87_456_000
+    with torch.device("meta"):
+        visual = open_clip.CLIP(**open_clip.get_model_config("ViT-B-32-quickgelu")).visual
+    visual.proj = nn.Parameter(torch.randn(768, 512) / 30)
+    same_features(hf, visual.eval(), clip.from_hugging_face(hf.state_dict(), visual, "file"))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("prefix", ["", "vision_model."])
+def test_load_expert(tmp_path, model, file, prefix):
+    state = {prefix + name: value for name, value in bare(tiny_hugging_face().state_dict()).items()}
+    plain = clip.from_hugging_face(state, model.visual, "file")
+    state[f"{prefix}embeddings.position_ids"] = torch.arange(17)[None]
+    path = tmp_path / "tanganke/clip-tiny_stanford-cars" / file
+    path.parent.mkdir(parents=True)
+    state = {name: value.half() if "fc1" in name else value for name, value in state.items()}
+    save_file(state, path) if file.endswith("safetensors") else torch.save(state, path)
+    tower = clip.load_expert(TINY, "Cars", model.visual, tmp_path)
+    assert tower.keys() == plain.keys()
+    for name, value in tower.items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, plain[name].half().float() if "c_fc" in name else plain[name]), name
+
+
+def no_q(state):
+    del state["encoder.layers.1.self_attn.q_proj.bias"]
+
+
+def extra(state):
+    state["text_model.embeddings"] = torch.zeros(3)
+
+
+def misshapen(state):
+    state["encoder.layers.0.self_attn.k_proj.weight"] = torch.zeros(64, 63)
+
+
+def transposed(state):
+    state["encoder.layers.0.mlp.fc1.weight"] = state["encoder.layers.0.mlp.fc1.weight"].T.contiguous()
+
+
+def infinite(state):
+    state["post_layernorm.bias"][3] = float("inf")
+
+
+def mixed_prefixes(state):
+    state["vision_model.post_layernorm.bias"] = state["post_layernorm.bias"].clone()
+
+
+@pytest.mark.parametrize(
+    "damage, sentence",
+    [
+        (no_q, "lacks encoder.layers.1.self_attn.q_proj.bias"),
+        (extra, "does not know: text_model.embeddings"),
+        (misshapen, r"k_proj.weight has the shape \(64, 63\), the architecture needs \(64, 64\)"),
+        (transposed, r"fc1.weight has the shape \(64, 256\)"),
+        (infinite, "post_layernorm.bias has values that are not finite"),
+        (mixed_prefixes, "lacks vision_model.embeddings.class_embedding, .* and 32 more"),
+    ],
+)
+def test_load_expert_refuses(tmp_path, model, damage, sentence):
+    state = {name: value.clone() for name, value in bare(tiny_hugging_face().state_dict()).items()}
+    damage(state)
+    path = tmp_path / "tanganke/clip-tiny_dtd/model.safetensors"
+    path.parent.mkdir(parents=True)
+    save_file(state, path)
+    with pytest.raises(clip.InputError, match=f"model.safetensors.*{sentence}"):
+        clip.load_expert(TINY, "DTD", model.visual, tmp_path)
+
+
+def test_load_expert_refuses_unreadable_files(tmp_path, model):
+    with pytest.raises(clip.InputError, match="no files in .*clip-tiny_dtd; `hf download"):
+        clip.load_expert(TINY, "DTD", model.visual, tmp_path)
+    folder = tmp_path / "tanganke/clip-tiny_dtd"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(clip.InputError, match="no model.safetensors or pytorch_model.bin; it has: config.json"):
+        clip.load_expert(TINY, "DTD", model.visual, tmp_path)
+    bad = folder / "pytorch_model.bin"
+    marker = tmp_path / "marker"
+    torch.save(Evil(marker), bad)
+    with pytest.raises(clip.InputError, match="pytorch_model.bin is not a readable"):
+        clip.load_expert(TINY, "DTD", model.visual, tmp_path)
+    assert not marker.exists()
+    torch.save([1, 2], bad)
+    with pytest.raises(clip.InputError, match="should hold tensors by name"):
+        clip.load_expert(TINY, "DTD", model.visual, tmp_path)
+
+
+# ------------------------------------------------------------------------------------------
+# the authors' pickles
+# ------------------------------------------------------------------------------------------
+
+
+class Evil:
+    """Unpickled in the ordinary way, it creates a file."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+class OldClasses:
+    """The names that the authors' files use, importable while the files are written and gone afterwards."""
+
+    def __enter__(self):
+        self.package = types.ModuleType("src"), types.ModuleType("src.modeling")
+        sys.modules["src"], sys.modules["src.modeling"] = self.package
+
+        class ImageEncoder(nn.Module):
+            pass
+
+        class ClassificationHead(nn.Linear):
+            pass
+
+        class VisualTransformer(nn.Module):
+            pass
+
+        self.classes = ImageEncoder, ClassificationHead, VisualTransformer
+        for cls, module in zip(self.classes, (self.package[1], self.package[1], open_clip.model)):
+            cls.__module__, cls.__qualname__ = module.__name__, cls.__name__
+            setattr(module, cls.__name__, cls)
+        return self
+
+    def __exit__(self, *_):
+        del sys.modules["src"], sys.modules["src.modeling"], open_clip.model.VisualTransformer
+
+    def encoder(self, clip_model):
+        """ImageEncoder.model.visual, the two preprocessing pipelines beside it, without the text transformer."""
+        visual = self.classes[2]()
+        visual.__dict__.update(clip_model.visual.__dict__)
+        inner = nn.Module()
+        inner.visual, inner.token_embedding, inner.logit_scale = visual, nn.Embedding(5, 4), clip_model.logit_scale
+        inner.register_buffer("attn_mask", torch.full((3, 3), -torch.inf), persistent=False)
+        encoder = self.classes[0]()
+        encoder.model, encoder.cache_dir = inner, None
+        encoder.train_preprocess = open_clip.image_transform(32, is_train=True)
+        encoder.val_preprocess = open_clip.image_transform(32, is_train=False)
+        return encoder
+
+    def head(self, weight, normalize=True, bias=0.0):
+        head = self.classes[1](weight.shape[1], weight.shape[0])
+        head.normalize, head.weight = normalize, nn.Parameter(weight.clone())
+        head.bias = nn.Parameter(torch.full_like(head.bias, bias))
+        return head
+
+
+@pytest.fixture(params=[True, False], ids=["zip", "legacy"])
+def save(request):
+    def write(thing, path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(thing, path, _use_new_zipfile_serialization=request.param)
+
+    return write
+
+
+def tower_like(seed):
+    torch.manual_seed(seed)
+    return randomise(open_clip.create_model(TINY.model))
+
+
+def test_authors_experts(tmp_path, save):
+    folder, weight = tmp_path / "tiny", torch.randn(10, 48)
+    pretrained, finetuned = tower_like(2), tower_like(3)
+    half = tower_like(4).half()
+    with OldClasses() as old:
+        save(old.encoder(pretrained), folder / "zeroshot.pt")
+        save(old.encoder(finetuned), folder / "MNIST/finetuned.pt")
+        save(old.encoder(half), folder / "SVHN/finetuned.pt")
+        for task in ("MNIST", "SVHN"):
+            save(old.head(weight), folder / f"head_{task}.pt")
+    with pytest.raises((AttributeError, ModuleNotFoundError)):  # the complaint under every repository of this family
+        torch.load(folder / "zeroshot.pt", weights_only=False)
+    before = set(sys.modules)
+    found = clip.load_authors_experts(TINY, tmp_path, ["MNIST", "SVHN"])
+    assert not any(name.split(".")[0] == "src" for name in set(sys.modules) - before)
+    assert not found.visual.training and isinstance(found.visual, open_clip.transformer.VisionTransformer)
+    for tower, source in ((found.visual.state_dict(), pretrained), (found.experts["MNIST"], finetuned)):
+        expected = source.visual.state_dict()
+        assert tower.keys() == expected.keys() and all(torch.equal(tower[n], expected[n]) for n in expected)
+    assert all(v.dtype == torch.float32 for v in found.experts["SVHN"].values())
+    assert torch.equal(found.experts["SVHN"]["conv1.weight"], half.visual.conv1.weight.float())
+    assert torch.equal(found.heads["MNIST"], weight.T)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(found.visual(x), pretrained.visual(x), atol=1e-6)
+
+
+def test_authors_files_refused(tmp_path, save, model):
+    shapes = {name: value.shape for name, value in model.visual.state_dict().items()}
+    path = tmp_path / "finetuned.pt"
+    with pytest.raises(clip.InputError, match="finetuned.pt is not a module.*No such file"):
+        clip.read_tower(path, shapes)
+    with OldClasses() as old:
+        other = tower_like(5)
+        other.visual.ln_post.bias.data[0] = float("nan")
+        save(old.encoder(other), path)
+        with pytest.raises(clip.InputError, match="finetuned.pt: ln_post.bias has values that are not finite"):
+            clip.read_tower(path, shapes)
+        del other.visual.transformer.resblocks[1]
+        save(old.encoder(other), path)
+        with pytest.raises(clip.InputError, match="finetuned.pt lacks transformer.resblocks.1"):
+            clip.read_tower(path, shapes)
+        for head, sentence in (
+            (old.head(torch.ones(9, 48)), r"weight has the shape \(9, 48\), the architecture needs \(10, 48\)"),
+            (old.head(torch.ones(10, 48), bias=1.0), "no bias"),
+            (old.head(torch.ones(10, 48), normalize=False), "should normalise"),
+        ):
+            save(head, path)
+            with pytest.raises(clip.InputError, match=sentence):
+                clip.read_head(path, "MNIST", 48)
+    save({"a": 1}, path)
+    with pytest.raises(clip.InputError, match="model.visual.*holds: nothing"):
+        clip.read_tower(path, shapes)
+
+
+def test_truncated_files_are_refused(tmp_path, save):
+    path = tmp_path / "head.pt"
+    with OldClasses() as old:
+        save(old.head(torch.randn(10, 48)), path)
+    whole = path.read_bytes()
+    assert clip.read_head(path, "MNIST", 48).shape == (48, 10)
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.integers(0, len(whole) - 1))
+    def check(length):
+        path.write_bytes(whole[:length])
+        with pytest.raises(clip.InputError, match="head.pt"):
+            clip.read_head(path, "MNIST", 48)
+
+    check()
+
+
+def test_malicious_pickles_execute_nothing(tmp_path, save):
+    marker, path = tmp_path / "marker", tmp_path / "evil.pt"
+    save(Evil(marker), path)
+    torch.load(path, weights_only=False)
+    assert marker.exists()  # so the file does work on the unwary
+    marker.unlink()
+    with pytest.raises(clip.InputError, match="model.visual"):
+        clip.read_tower(path, {})
+    visual = tower_like(6).visual
+    with OldClasses() as old:  # hidden within a module that is otherwise in order
+        encoder = old.encoder(SimpleNamespace(visual=visual, logit_scale=nn.Parameter(torch.zeros(()))))
+        encoder.trap = Evil(marker)
+        encoder.model.visual.conv1.trap = [Evil(marker), {Evil: Evil(marker)}]
+        save(encoder, path)
+    tower = clip.read_tower(path, {n: v.shape for n, v in visual.state_dict().items()})
+    assert torch.equal(tower["conv1.weight"], visual.conv1.weight)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"cos\nsystem\n(S'touch MARKER'\ntR.",
+        b"cposix\nsystem\n(S'touch MARKER'\ntR.",
+        b"(S'touch MARKER'\nios\nsystem\n.",
+        b"(cos\nsystem\nS'touch MARKER'\no.",
+        b'cbuiltins\neval\n(S\'__import__("os").system("touch MARKER")\'\ntR.',
+        b"c__builtin__\ngetattr\n(c__builtin__\n__import__\n(S'os'\ntRS'system'\ntR(S'touch MARKER'\ntR.",
+        b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x0ctouch MARKER\x85R.",
+        b"ctorch._utils\n_rebuild_tensor_v2\nN}S'__defaults__'\n(tsd\x86b.",  # state set on a function of the table
+        b"ctorch\nload\n(S'MARKER'\ntR.",
+        b"c__builtin__\nset\n(cos\nsystem\ntR.",
+    ],
+)
+def test_hand_written_pickles_execute_nothing(tmp_path, body, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    original = torch._utils._rebuild_tensor_v2.__defaults__
+    preamble = b"".join(pickle.dumps(part, protocol=2) for part in (0x1950A86A20F9469CFC6C, 1001, {}))
+    for content in (body, preamble + body + pickle.dumps([])):
+        Path("evil.pt").write_bytes(content)
+        with pytest.raises(clip.InputError):
+            clip.read_tower(Path("evil.pt"), {})
+    assert os.listdir(".") == ["evil.pt"] and torch._utils._rebuild_tensor_v2.__defaults__ == original
+
+
+# ------------------------------------------------------------------------------------------
+# the images
+# ------------------------------------------------------------------------------------------
+
+MODES = ("RGB", "L", "LA", "P", "RGBA", "CMYK", "I;16", "1")
+
+
+def picture(mode, width, height, seed=0, orientation=None):
+    """An encoded image of the mode."""
+    rng = np.random.default_rng(seed)
+    rgb = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+    sixteen = Image.fromarray(rng.integers(0, 65536, (height, width), np.uint16))
+    image = sixteen if mode == "I;16" else rgb.convert(mode)
+    file, exif = io.BytesIO(), Image.Exif()
+    if orientation:
+        exif[Image.ExifTags.Base.Orientation] = orientation
+    image.save(file, "JPEG" if mode == "CMYK" or orientation else "PNG", exif=exif)
+    return file.getvalue()
+
+
+def write_parquet(path, images, labels, classes, image="image", label="label", dtype=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    features = {image: datasets.Image(), label: dtype or datasets.ClassLabel(names=list(classes))}
+    table = {image: [data and {"bytes": data, "path": None} for data in images], label: labels}
+    datasets.Dataset.from_dict(table, datasets.Features(features)).to_parquet(path)
+
+
+def write_set(root, task, count=12, seed=0, split="test", shards=1, folder=None):
+    spec = clip.TASKS[task]
+    folder = folder or spec.config or "data"
+    sizes = np.random.default_rng(seed).integers(20, 70, (count, 2)).tolist()
+    images = [picture(MODES[i % len(MODES)], *sizes[i], seed=seed + i) for i in range(count)]
+    labels = [i % len(spec.classes) for i in range(count)]
+    for k in range(shards):
+        part = slice(k * count // shards, (k + 1) * count // shards)
+        path = root / spec.repo / folder / f"{split}-{k:05d}-of-{shards:05d}.parquet"
+        write_parquet(path, images[part], labels[part], spec.classes)
+    return images, labels
+
+
+PREP = clip.PreprocessCfg(size=(32, 32))
+EXPECTED = open_clip.image_transform(32, is_train=False)
+
+
+def prepared(data):
+    return EXPECTED(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.sampled_from(MODES), st.integers(1, 90), st.integers(1, 90), st.integers(0, 99), st.sampled_from([None, 3, 6])
+)
+def test_pixels_are_open_clips(mode, width, height, seed, orientation):
+    data = picture(mode if orientation is None else "RGB", width, height, seed, orientation)
+    transform = clip.Compose(clip.image_transform_v2(PREP, is_train=False).transforms[:-2])
+    image = torch.frombuffer(bytearray(clip.pixels(transform, {"bytes": data})), dtype=torch.uint8).view(3, 32, 32)
+    torch.testing.assert_close(clip.normalise(image), prepared(data), atol=1e-6, rtol=0)
+
+
+def test_normalise_takes_the_models_own_mean():
+    prep = clip.PreprocessCfg(size=(32, 32), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    image = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    for c in range(3):
+        torch.testing.assert_close(clip.normalise(image, prep)[:, c], (image[:, c] / 255 - prep.mean[c]) / prep.std[c])
+
+
+def test_image_set(tmp_path):
+    """All modes and sizes, shards in order, the configuration's folder; the second time from the cache alone."""
+    hub, cache = tmp_path / "hub", tmp_path / "cache"
+    images, labels = write_set(hub, "SVHN", 25, shards=3)
+    write_set(hub, "SVHN", 4, seed=9, folder="full_numbers")
+    write_set(hub, "SVHN", 5, seed=8, split="train")
+    pixels, found = clip.image_set("SVHN", PREP, cache, hub)
+    assert pixels.dtype == torch.uint8 and found.dtype == torch.int64 and found.tolist() == labels
+    torch.testing.assert_close(clip.normalise(pixels), torch.stack(list(map(prepared, images))), atol=1e-6, rtol=0)
+    assert len(clip.image_set("SVHN", PREP, cache, hub, split="train")[1]) == 5
+    files = {path: path.stat().st_mtime_ns for path in cache.glob("*.npy")}
+    assert len(files) == 2
+    again, _ = clip.image_set("SVHN", PREP, cache, hub)
+    again += 1  # private memory: the cache is not changed
+    assert torch.equal(clip.image_set("SVHN", PREP, cache, hub)[0], pixels)
+    assert {path: path.stat().st_mtime_ns for path in cache.glob("*.npy")} == files
+    small = clip.PreprocessCfg(size=(16, 16))
+    assert clip.image_set("SVHN", small, cache, hub)[0].shape == (25, 3, 16, 16)
+
+
+def test_changed_and_second_mirrors_are_seen(tmp_path):
+    cache, sets = tmp_path / "cache", []
+    for hub, seed in ((tmp_path / "a", 0), (tmp_path / "a", 1), (tmp_path / "b", 2)):
+        images, _ = write_set(hub, "EuroSAT", 6, seed=seed)
+        pixels, _ = clip.image_set("EuroSAT", PREP, cache, hub)
+        assert torch.allclose(clip.normalise(pixels[0]), prepared(images[0]), atol=1e-6)
+        sets.append(pixels.clone())
+    assert not torch.equal(sets[0], sets[1]) and not torch.equal(sets[1], sets[2])
+
+
+def counted(monkeypatch, fail_at=None, error=KeyboardInterrupt):
+    calls, original = [], clip.pixels
+
+    def pixels(*args):
+        calls.append(args)
+        if len(calls) == fail_at:
+            raise error
+        return original(*args)
+
+    monkeypatch.setattr(clip, "pixels", pixels)
+    return calls
+
+
+def test_limit_decodes_no_more_and_is_kept_apart(tmp_path, monkeypatch):
+    hub, cache = tmp_path / "hub", tmp_path / "cache"
+    images, _ = write_set(hub, "MNIST", 20, folder="mnist", shards=2)
+    calls = counted(monkeypatch)
+    few, labels = clip.image_set("MNIST", PREP, cache, hub, limit=12)
+    assert len(calls) == 12 and few.shape == (12, 3, 32, 32) and len(labels) == 12
+    everything, _ = clip.image_set("MNIST", PREP, cache, hub)
+    assert len(everything) == 20 and torch.equal(everything[:12], few)
+    assert len(clip.image_set("MNIST", PREP, cache, hub, limit=3)[0]) == 3
+    assert len(clip.image_set("MNIST", PREP, cache, hub, limit=50)[0]) == 20
+    with pytest.raises(clip.InputError, match="at least 1, not 0"):
+        clip.image_set("MNIST", PREP, cache, hub, limit=0)
+
+
+def test_interruption_leaves_nothing_behind(tmp_path, monkeypatch):
+    hub, cache = tmp_path / "hub", tmp_path / "cache"
+    images, _ = write_set(hub, "DTD", 9)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        counted(patch, fail_at=5)
+        clip.image_set("DTD", PREP, cache, hub)
+    assert not [path for path in cache.iterdir() if path.suffix != ".lock"]
+    with monkeypatch.context() as patch:  # a run that was killed leaves an unfinished file, which is overwritten
+        patch.setattr(clip.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
+        with pytest.raises(OSError, match="killed"):
+            clip.image_set("DTD", PREP, cache, hub)
+    (unfinished,) = cache.glob("*.unfinished")
+    unfinished.write_bytes(b"half")
+    pixels, _ = clip.image_set("DTD", PREP, cache, hub)
+    torch.testing.assert_close(clip.normalise(pixels), torch.stack(list(map(prepared, images))), atol=1e-6, rtol=0)
+    assert not list(cache.glob("*.unfinished"))
+
+
+def test_two_at_a_time_decode_once(tmp_path, monkeypatch):
+    hub, cache, found = tmp_path / "hub", tmp_path / "cache", []
+    write_set(hub, "DTD", 9)
+    calls = counted(monkeypatch)
+    run = [threading.Thread(target=lambda: found.append(clip.image_set("DTD", PREP, cache, hub))) for _ in range(3)]
+    [thread.start() for thread in run]
+    [thread.join() for thread in run]
+    assert len(calls) == 9 and len(found) == 3 and torch.equal(found[0][0], found[2][0])
+
+
+@pytest.mark.parametrize(
+    "damage, sentence",
+    [
+        ("label", "EuroSAT, split test of tanganke/eurosat: image 3 has the label 12; 0 to 9 are known"),
+        ("negative", "image 3 has the label -1;"),
+        ("null", "image 3 has the label None;"),
+        ("text", "image 0 has the label 'a';"),
+        ("classes", r"has 3 classes \(a, b, c\), but tasks.json 10"),
+        ("column", "has no column image; it has: img, label"),
+        ("image", "EuroSAT, split test of tanganke/eurosat: image 4 cannot be decoded: cannot identify"),
+        ("cut", "image 4 cannot be decoded: .*truncated"),
+        ("none", "image 4 cannot be decoded"),
+        ("parquet", "test-00000-of-00001.parquet is not a readable parquet file"),
+        ("empty", "EuroSAT, split test of tanganke/eurosat has no images"),
+        ("split", "data/eurosat|eurosat has no split 'test' in parquet files; it has: contrast, train"),
+        (
+            "shard",
+            "should have all shards of the split 'test' in one folder, but has: data/test-00001-of-00003.parquet",
+        ),
+        ("versions", "but has: data/test-00000-of-00001.parquet, other/test-00000-of-00001.parquet"),
+        ("absent", "no files in .*tanganke/eurosat; `hf download tanganke/eurosat"),
+    ],
+)
+def test_unusable_data_sets_are_refused(tmp_path, damage, sentence):
+    classes = clip.TASKS["EuroSAT"].classes
+    folder = tmp_path / "tanganke/eurosat/data"
+    path = folder / "test-00000-of-00001.parquet"
+    images = [picture("RGB", 40, 30, seed) for seed in range(6)]
+    labels, options = [0] * 6, {}
+    if damage in ("label", "negative", "null"):
+        labels[3] = {"label": 12, "negative": -1, "null": None}[damage]
+        options = {"dtype": datasets.Value("int64")}
+    elif damage == "text":
+        labels, options = list("abcdef"), {"dtype": datasets.Value("string")}
+    elif damage == "classes":
+        classes = "abc"
+    elif damage == "column":
+        options = {"image": "img"}
+    elif damage in ("image", "cut", "none"):
+        images[4] = {"image": b"no image", "cut": images[4][:800], "none": None}[damage]
+    elif damage == "empty":
+        images, labels = [], []
+    elif damage == "split":
+        write_parquet(folder / "contrast-00000-of-00001.parquet", images, labels, classes)
+        path = folder / "train-00000-of-00001.parquet"
+    elif damage == "shard":
+        path = folder / "test-00001-of-00003.parquet"
+    elif damage == "versions":
+        write_parquet(folder.parent / "other" / path.name, images, labels, classes)
+    if damage != "absent":
+        write_parquet(path, images, labels, classes, **options)
+    if damage == "parquet":
+        path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(clip.InputError, match=sentence) as e:
+        clip.image_set("EuroSAT", PREP, tmp_path / "cache", tmp_path)
+    assert "\n" not in str(e.value) and not list(tmp_path.glob("cache/*.npy"))
+
+
+# ------------------------------------------------------------------------------------------
+# the heads
+# ------------------------------------------------------------------------------------------
+
+
+def test_zero_shot_heads(tmp_path, model, monkeypatch):
+    heads = clip.zero_shot_heads(model, TINY, tmp_path, ["EuroSAT", "MNIST"])
+    assert heads["EuroSAT"].shape == (48, 10) and list(heads) == ["EuroSAT", "MNIST"]
+    tokenizer, task = open_clip.get_tokenizer(TINY.model), clip.TASKS["EuroSAT"]
+    with torch.no_grad():
+        for k in (0, 7):
+            texts = model.encode_text(tokenizer([t.format(task.classes[k]) for t in task.templates]))
+            mean = F.normalize(F.normalize(texts, dim=-1).mean(0), dim=0)
+            torch.testing.assert_close(heads["EuroSAT"][:, k], model.logit_scale.exp() * mean)
+    monkeypatch.setattr(clip, "zero_shot_head", lambda *_: pytest.fail("the cached head should do"))
+    again = clip.zero_shot_heads(model, TINY, tmp_path, ["EuroSAT"])
+    assert torch.equal(again["EuroSAT"], heads["EuroSAT"])
+    monkeypatch.undo()
+    other = open_clip.create_model(TINY.model)
+    other.load_state_dict(model.state_dict())
+    other.text_projection.data[0, 0] += 1
+    assert not torch.equal(clip.zero_shot_heads(other, TINY, tmp_path, ["EuroSAT"])["EuroSAT"], heads["EuroSAT"])
+    monkeypatch.setitem(clip.TASKS, "EuroSAT", task._replace(templates=["{}"]))
+    assert not torch.equal(clip.zero_shot_heads(model, TINY, tmp_path, ["EuroSAT"])["EuroSAT"], heads["EuroSAT"])
+
+
+# ------------------------------------------------------------------------------------------
+# the plan
+# ------------------------------------------------------------------------------------------
+
+
+def mirror(root, model, tasks=("EuroSAT", "SVHN"), count=8):
+    """A whole mirror in the real layout, as `hf download --local-dir` makes it."""
+    path = root / TINY.repo / "open_clip_model.safetensors"
+    path.parent.mkdir(parents=True)
+    save_file(model.state_dict(), path)
+    for task in tasks:
+        path = root / clip.expert_repo(TINY, task) / "model.safetensors"
+        path.parent.mkdir(parents=True)
+        save_file(dict(tiny_hugging_face().state_dict()), path)
+        write_set(root, task, count)
+        (root / clip.TASKS[task].repo / "README.md").write_text("---\n---\n")
+    return root
+
+
+class FakeHub:
+    """huggingface_hub's metadata and downloads, served from a mirror."""
+
+    def __init__(self, root, monkeypatch):
+        self.root, self.downloaded = root, []
+        monkeypatch.setattr(clip, "HfApi", lambda: self)
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", self.download)
+        monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", self.look_up)
+
+    def repo_info(self, name, repo_type, files_metadata):
+        assert files_metadata and repo_type == ("dataset" if name in {t.repo for t in clip.TASKS.values()} else "model")
+        files = [path for path in (self.root / name).rglob("*") if path.is_file()]
+        siblings = [
+            SimpleNamespace(rfilename=str(f.relative_to(self.root / name)), size=f.stat().st_size) for f in files
+        ]
+        splits = [{"name": "train", "num_examples": 1000}, {"name": "test", "num_examples": 50}]
+        config = "cropped_digits" if "svhn" in name else "default"
+        card = {
+            "dataset_info": [{"config_name": "full_numbers", "splits": []}, {"config_name": config, "splits": splits}]
+        }
+        return SimpleNamespace(siblings=siblings, sha=f"commit of {name}", card_data=card)
+
+    def download(self, name, file, repo_type, revision):
+        assert revision == f"commit of {name}"
+        self.downloaded.append((name, file))
+        return str(self.root / name / file)
+
+    def look_up(self, name, file, revision, repo_type):
+        assert revision == f"commit of {name}"
+        return str(self.root / name / file) if (name, file) in self.downloaded else None
+
+
+def test_plan_from_the_hub(tmp_path, model, monkeypatch):
+    root, cache = mirror(tmp_path / "hub", model), tmp_path / "cache"
+    hub = FakeHub(root, monkeypatch)
+    tasks, prep = ["EuroSAT", "SVHN"], clip.preprocessing(TINY)
+    before = clip.plan(TINY, cache, tasks=tasks)
+    assert not any(item.present for item in before) and not hub.downloaded
+    files = {item.what: item.bytes for item in before if not item.what.endswith("decoded")}
+    assert set(files) == {
+        "timm/tiny.openai: open_clip_model.safetensors",
+        "tanganke/clip-tiny_eurosat: model.safetensors",
+        "tanganke/eurosat: data/test-00000-of-00001.parquet",
+        "tanganke/clip-tiny_svhn: model.safetensors",
+        "ufldl-stanford/svhn: cropped_digits/test-00000-of-00001.parquet",
+    }
+    for what, size in files.items():
+        assert size == (root / what.replace(": ", "/")).stat().st_size > 0
+    decoded = [item for item in before if item.what.endswith("decoded")]
+    assert [item.bytes for item in decoded] == [50 * 3 * 32 * 32] * 2 and decoded[0].place == cache
+    assert "to download" in clip.summary(before)
+    clip.check_space(before)
+    train = clip.plan(TINY, cache, tasks=["SVHN"], weights=False, experts=False, splits=["test"], limit=5)
+    assert [item.bytes for item in train][1] == 5 * 3 * 32 * 32 and len(train) == 2
+
+    clip.image_set("SVHN", prep, cache)
+    clip.load_expert(TINY, "SVHN", model.visual)
+    assert len(hub.downloaded) == 2
+    after = {item.what: item for item in clip.plan(TINY, cache, tasks=tasks)}
+    assert {what for what, item in after.items() if item.present} == {
+        "tanganke/clip-tiny_svhn: model.safetensors",
+        "ufldl-stanford/svhn: cropped_digits/test-00000-of-00001.parquet",
+        "SVHN test images, decoded",
+    }
+    assert after["SVHN test images, decoded"].bytes == 8 * 3 * 32 * 32
+    clip.load_expert(TINY, "SVHN", model.visual)
+    assert len(hub.downloaded) == 2
+
+
+def test_plan_from_a_mirror(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(clip, "HfApi", lambda: pytest.fail("a mirror needs no network"))
+    root, cache = mirror(tmp_path / "hub", model), tmp_path / "cache"
+    items = clip.plan(TINY, cache, root, tasks=["EuroSAT", "SVHN"])
+    assert len(items) == 7 and [i.what for i in items if not i.present] == [
+        f"{t} test images, decoded" for t in ("EuroSAT", "SVHN")
+    ]
+    (root / "tanganke/clip-tiny_svhn/model.safetensors").unlink()
+    with pytest.raises(clip.InputError, match="clip-tiny_svhn"):
+        clip.plan(TINY, cache, root, tasks=["EuroSAT", "SVHN"])
+    assert len(clip.plan(TINY, cache, root, tasks=["SVHN"], experts=False)) == 3
+
+
+def test_too_little_space_is_refused(tmp_path):
+    free = clip.shutil.disk_usage(tmp_path).free
+    items = [clip.Item(f"file {k}", free // 2 + 10**8, False, tmp_path / "not/yet/there") for k in range(2)]
+    clip.check_space(items[:1])
+    with pytest.raises(clip.InputError, match="GB free, but .* GB are needed there: .* to download"):
+        clip.check_space(items)
+    clip.check_space([items[0], items[1]._replace(present=True)])
+
+
+def test_without_a_network(tmp_path, model, monkeypatch):
+    class Unreachable:
+        def repo_info(self, *_, **__):
+            raise RuntimeError("Name or service\nnot known")
+
+    def nothing(*_, **__):
+        raise FileNotFoundError("nothing in the cache")
+
+    monkeypatch.setattr(clip, "HfApi", Unreachable)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", nothing)
+    with pytest.raises(clip.InputError, match="cannot reach timm/tiny.openai.*Name or service not known.*--hub DIR"):
+        clip.plan(TINY, tmp_path)
+    root = mirror(tmp_path / "hub", model, ["EuroSAT"])
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(root / name))
+    assert len(clip.image_set("EuroSAT", PREP, tmp_path / "cache")[0]) == 8  # downloaded by an earlier run
+
+
+def test_a_failed_download_is_one_sentence(tmp_path, model, monkeypatch):
+    hub = FakeHub(mirror(tmp_path / "hub", model, ["EuroSAT"]), monkeypatch)
+    hub.download = None
+
+    def broken(*_, **__):
+        raise ConnectionError("reset\nby peer")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", broken)
+    with pytest.raises(
+        clip.InputError, match="cannot download model.safetensors of tanganke/clip-tiny_eurosat: reset by peer"
+    ):
+        clip.load_expert(TINY, "EuroSAT", model.visual)
+
+
+def test_a_whole_mirror_end_to_end(tmp_path, model):
+    """Everything that reproduce.py asks for, in one go."""
+    root, cache = mirror(tmp_path / "hub", model, ["EuroSAT"]), tmp_path / "cache"
+    pretrained = clip.load_pretrained(TINY, root)
+    head = clip.zero_shot_heads(pretrained, TINY, cache, ["EuroSAT"])["EuroSAT"]
+    images, labels = clip.image_set("EuroSAT", clip.preprocessing(TINY), cache, root)
+    pretrained.visual.load_state_dict(clip.load_expert(TINY, "EuroSAT", pretrained.visual, root))
+    with torch.no_grad():
+        logits = F.normalize(pretrained.visual(clip.normalise(images)), dim=-1) @ head
+    assert logits.shape == (8, 10) and logits.isfinite().all() and len(labels) == 8
+    assert load_file(root / TINY.repo / "open_clip_model.safetensors")["logit_scale"].exp() == pytest.approx(1 / 0.07)
 
 
 # ------------------------------------------------------------------------------------------
@@ -947,9 +1846,9 @@ def test_the_seed_decides(small):
     [
         (["--tasks", "Weather"], "unknown task 'Weather': choose among 'Scenes', 'Cars'"),
         (["--methods", "TIE"], "unknown method 'TIE': choose among 'Pre-trained', 'Individual'"),
-        (["--steps", "0"], "--steps 0: at least one"),
+        (["--steps", "0"], "--steps 0: a number from 1 to"),
         (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
-        (["--seed", "-1"], "--seed -1: a seed lies between 0 and"),
+        (["--seed", "-1"], "--seed -1: a number from 0 to"),
         (["--device", "tpu9"], "--device tpu9: not usable here"),
         (["ViT-Z"], "invalid choice: 'ViT-Z'"),
         (["--bogus"], "unrecognized arguments: --bogus"),
@@ -984,7 +1883,7 @@ PAPER = dict(Individual=90.3, Task_Arithmetic=68.0, WEMoE=89.2)  # the published
 
 def test_claims_hold_where_the_paper_stands_and_fall_one_by_one():
     base = {**PAPER, "Pre-trained": 48.2, "Weight Averaging": 66.5}
-    claims = reproduce.check_claims(fabricated(**base))
+    claims = reproduce.check_miniature(fabricated(**base))
     assert len(claims) == 7 and all(claim["holds"] for claim in claims)
     for change, fallen in [
         ({"Individual": 89.0}, {0}),
@@ -994,13 +1893,176 @@ def test_claims_hold_where_the_paper_stands_and_fall_one_by_one():
         ({"WEMoE": 85.0, "WEMoE (0-layer)": 84.0}, {4}),
         ({"WEMoE (0-layer)": 87.0}, {5}),
     ]:
-        claims = reproduce.check_claims(fabricated(**{**base, **change}))
+        claims = reproduce.check_miniature(fabricated(**{**base, **change}))
         assert {i for i, claim in enumerate(claims) if not claim["holds"]} == fallen, change
     methods = fabricated(**base)
     methods["WEMoE"]["adaptation"]["accuracy"] = [60.0, 59.0]
-    assert not reproduce.check_claims(methods)[-1]["holds"]
+    assert not reproduce.check_miniature(methods)[-1]["holds"]
     del methods["WEMoE"], methods["Individual"]
-    assert len(reproduce.check_claims(methods)) == 1
+    assert len(reproduce.check_miniature(methods)) == 1
+
+
+# ------------------------------------------------------------------------------------------
+# reproduce.py on the paper's suite: a mirror in the real layout with a tiny CLIP in the place of ViT-B/32
+# ------------------------------------------------------------------------------------------
+
+SETTING_UP = f"""
+import json, sys
+from pathlib import Path
+sys.path.insert(0, {str(HERE)!r})
+import open_clip
+import reproduce
+from data import clip
+open_clip.add_model_config(Path(sys.argv[1]))
+clip.ARCHITECTURES["ViT-B-32"] = clip.Architecture(*json.loads(sys.argv[2]))
+sys.exit(reproduce.main(sys.argv[3:]))
+"""
+
+
+@pytest.fixture
+def paper(monkeypatch, tmp_path, model):
+    """A function that runs `reproduce.py ViT-B-32 --hub MIRROR` and returns exit status and results."""
+    monkeypatch.setitem(clip.ARCHITECTURES, "ViT-B-32", TINY._replace(name="ViT-B-32"))
+    hub, two = tmp_path / "hub", ["EuroSAT", "SVHN"]
+    file = hub / TINY.repo / "open_clip_model.safetensors"
+    file.parent.mkdir(parents=True)
+    save_file(model.state_dict(), file)
+    for seed, task in enumerate(clip.TASKS):
+        file = hub / clip.expert_repo(TINY, task) / "model.safetensors"
+        file.parent.mkdir(parents=True)
+        torch.manual_seed(seed)
+        state = {name: p + 0.05 * torch.randn_like(p) for name, p in tiny_hugging_face().state_dict().items()}
+        save_file(state, file)
+        write_set(hub, task, count=18, seed=seed)
+
+    def run(*arguments: str, output: str = "results", tasks=two, folder: str = "ViT-B-32") -> tuple[int, dict]:
+        status = reproduce.main(run.arguments(*arguments, output=output, tasks=tasks))
+        file = tmp_path / output / folder / "results.json"
+        return status, json.loads(file.read_text()) if file.exists() else {}
+
+    def arguments(*more: str, output: str = "results", tasks=two) -> list[str]:
+        given = ["ViT-B-32", "--hub", str(hub), "--cache", str(tmp_path / "cache"), "--output", str(tmp_path / output)]
+        return [*given, "--steps", "10", *(["--tasks", *tasks] if tasks else []), *more]
+
+    run.arguments, run.hub = arguments, hub
+    return run
+
+
+def test_the_papers_suite_from_end_to_end(paper, tmp_path, capsys):
+    status, results = paper("--methods", "pre-trained", "individual", "wemoe", tasks=None)
+    assert status == 1  # random weights do not reach the published figures
+    assert results["tasks"] == list(clip.TASKS) and len(results["methods"]) == 3
+    claimed = [claim["claim"].split(" is within ")[0] for claim in results["claims"]]
+    assert claimed == ["Pre-trained", "Individual", "WEMoE"]
+    assert "0.8 points of the published average (hub)" in results["claims"][2]["claim"]
+    printed = capsys.readouterr().out
+    assert re.search(r"of decoded images to keep", printed)
+    rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("|")]
+    ours, theirs, difference = next(rows[i : i + 3] for i, row in enumerate(rows) if row[0].strip() == "Individual")
+    published = "75.0 78.3 95.2 99.0 97.3 98.9 99.6 79.7 90.4"  # published.json, and the mean of the cells
+    assert " ".join(cell.strip() for cell in theirs[:10]) == f"published (hub) {published}"
+    for a, b, d in zip(ours[1:10], theirs[1:10], difference[1:10]):
+        assert float(a) - float(b) == pytest.approx(float(d), abs=0.11)
+    assert (tmp_path / "results/ViT-B-32/adaptation.png").exists()
+
+
+def test_an_adaptation_goes_on_where_it_was_killed(paper, monkeypatch):
+    _, expected = paper(output="whole")
+    entropy_, calls = wemoe.entropy, []
+
+    def killed(logits):
+        calls.append(1)
+        if len(calls) == 15:  # in the eighth step of the first adaptation, for two tasks
+            raise KeyboardInterrupt
+        return entropy_(logits)
+
+    monkeypatch.setattr(wemoe, "entropy", killed)
+    assert paper() == (130, {})
+    _, results = paper()
+    assert len(calls) == 15 + 2 * (3 + 10 + 10)  # three steps of the first adaptation were left
+    assert without_timings(results) == without_timings(expected)
+
+
+def test_two_processes_give_what_one_gives(paper, tmp_path, tiny):
+    names = ["--methods", "Individual", "WEMoE"]
+    _, one = paper(*names, output="one")
+    (tmp_path / "run.py").write_text(SETTING_UP)
+    architecture = json.dumps(TINY._replace(name="ViT-B-32"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(tmp_path / "run.py"), str(tiny), architecture]
+    command += [*paper.arguments(*names, output="two"), "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    file = tmp_path / "two" / "ViT-B-32" / "results.json"
+    assert file.exists(), done.stderr
+    two = json.loads(file.read_text())
+    for ours, theirs in zip(two["methods"], one["methods"]):
+        assert ours["accuracy"] == theirs["accuracy"]
+    curves = [results["methods"][1]["adaptation"]["entropy"] for results in (one, two)]
+    assert curves[0] == pytest.approx(curves[1], abs=1e-4)
+    files = (next((tmp_path / run).rglob("adaptation.pt")) for run in ("one", "two"))
+    routers = [torch.load(file, weights_only=True)["routers"] for file in files]
+    for name, p in routers[0].items():
+        close(p, routers[1][name], atol=1e-4)
+
+
+def test_limited_results_stand_apart_and_claim_nothing(paper, capsys):
+    status, results = paper("--limit", "5", "--methods", "pre-trained", folder="ViT-B-32-first5")
+    assert status == 0 and results["settings"]["limit"] == 5 and not results["claims"] and not results["published"]
+    assert "first 5 images" in capsys.readouterr().out
+
+
+def test_experts_of_the_authors(paper, tmp_path):
+    folder = tmp_path / "authors" / "ViT-B-32"
+    with OldClasses() as old:
+        for seed, name in enumerate(["zeroshot.pt", "EuroSAT/finetuned.pt", "SVHN/finetuned.pt"]):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            torch.save(old.encoder(tower_like(seed)), folder / name)
+        for task in ("EuroSAT", "SVHN"):
+            torch.save(old.head(torch.randn(10, 48)), folder / f"head_{task}.pt")
+    names = ["--methods", "individual", "wemoe", "wemoe (1-layer)"]
+    status, results = paper("--experts", str(folder.parent), *names, folder="ViT-B-32-experts")
+    assert status == 1
+    assert {row["source"] for row in results["published"]} == {"paper"}
+    assert len(results["claims"]) == 2  # the paper's rows have no individual models
+
+
+def test_experts_fine_tuned_here(paper, monkeypatch):
+    monkeypatch.setattr(reproduce, "PAPER_TRAINING", TRAINING)
+    for seed, task in enumerate(("EuroSAT", "SVHN")):
+        write_set(paper.hub, task, count=20, seed=50 + seed, split="train")
+    status, results = paper("--finetune", "--methods", "individual", folder="ViT-B-32-finetune")
+    assert status in (0, 1) and results["methods"][0]["name"] == "Individual"
+
+
+def test_a_broken_file_is_named_and_nothing_done_is_lost(paper, tmp_path, capsys):
+    paper("--methods", "pre-trained")
+    file = paper.hub / clip.expert_repo(TINY, "SVHN") / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    capsys.readouterr()
+    assert paper("--methods", "individual")[0] == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("reproduce.py: error: ") and str(file) in error
+    file.write_bytes(whole)
+    _, results = paper("--methods", "pre-trained", "individual")
+    assert [method["name"] for method in results["methods"]] == ["Pre-trained", "Individual"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--limit", "5"], "--limit is for the paper's suites"),
+        (["ViT-B-32", "--limit", "0"], "--limit 0: a number from 1"),
+        (["ViT-B-32", "--arch", "RN50"], "--arch and --pretrained need --finetune"),
+        (["ViT-B-32", "--finetune", "--experts", "x"], "choose one"),
+        (["ViT-B-32", "--finetune", "--arch", "RN5000"], "RN5000"),
+        (["ViT-B-32", "--hub", "/nowhere"], "/nowhere"),
+        (["ViT-B-32", "--precision", "int4"], "invalid choice: 'int4'"),
+    ],
+)
+def test_bad_arguments_of_the_papers_suite(arguments, message, capsys, tmp_path):
+    assert reproduce.main([*arguments, "--output", str(tmp_path), "--cache", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------
@@ -1012,7 +2074,8 @@ def code_blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
 
 
-def test_the_examples_in_readme_run_as_written():
+def test_the_examples_in_readme_run_as_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the examples may write
     assert (examples := code_blocks("python"))
     for example in examples:
         exec(compile(example, "README.md", "exec"), {})

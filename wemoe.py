@@ -190,12 +190,16 @@ class WEMoE(nn.Module):
         lam = self.router(x)
         if lam.shape != (len(x), len(next(iter(self.stacked.values())))):
             raise ValueError(f"The router gave weights of shape {tuple(lam.shape)} for an input {tuple(x.shape)}.")
-        # Merged weights are not kept for the backward pass. _MergedLinear sees to that; others are merged once more.
-        if torch.is_grad_enabled() and not self.only_linear:
-            return checkpoint(self._merge_and_run, lam, x, args, kwargs, use_reentrant=False)
-        return self._merge_and_run(lam, x, args, kwargs)
+        if lam.stride(0) == 0 or len(lam) == 1:  # one set of weights for all samples
+            with _MergedParameters(self.pretrained, self.task_vectors, lam[0]):
+                return self.pretrained(*args, **kwargs)
+        # Merged weights are not kept for the backward pass. _MergedLinear sees to that; others are merged once more,
+        # but before torch 2.6, where vmap does not run in a checkpoint, they are kept.
+        if torch.is_grad_enabled() and not self.only_linear and torch.__version__ >= (2, 6):
+            return checkpoint(self._run_each, lam, x, args, kwargs, use_reentrant=False)
+        return self._run_each(lam, x, args, kwargs)
 
-    def _merge_and_run(self, lam: Tensor, x: Tensor, args: tuple, kwargs: dict):
+    def _run_each(self, lam: Tensor, x: Tensor, args: tuple, kwargs: dict):
         """Each sample is a batch of one with weights of its own; `torch.vmap` runs all of them at once."""
         split = tree_map(lambda leaf: 0 if _belongs_to_samples(leaf, x) else None, (args, kwargs))
         inputs = tree_map(lambda leaf: leaf.unsqueeze(1) if _belongs_to_samples(leaf, x) else leaf, (args, kwargs))
@@ -203,7 +207,7 @@ class WEMoE(nn.Module):
 
         def run_one(lam: Tensor, inputs: tuple) -> list[Tensor]:  # (T,), (1, ..., D)
             # The other implementations of attention would go through the samples one by one under vmap.
-            with sdpa_kernel(SDPBackend.MATH), _MergedParameters(self.pretrained, self.task_vectors, lam):
+            with sdpa_kernel(SDPBackend.MATH), _MergedParameters(self.pretrained, self.task_vectors, lam, True):
                 outputs[:] = tree_flatten(self.pretrained(*inputs[0], **inputs[1]))
             return [leaf for leaf in outputs[0] if isinstance(leaf, Tensor)]
 
@@ -238,20 +242,20 @@ def _belongs_to_samples(tensor: object, x: Tensor) -> bool:
 class _MergedParameters(TorchFunctionMode):
     """While active, in every torch function a parameter θ_0 of `module` stands for θ_0 + Σ_t λ_t τ_t.
 
-    This is how any module, whatever its forward does, runs with merged weights. λ is that of one sample, (T,); under
-    `torch.vmap` it is all samples' at once. A matrix in F.linear is never formed as a whole, see _MergedLinear.
+    This is how any module, whatever its forward does, runs with merged weights. λ is (T,); under `torch.vmap`, where
+    every sample has its own (`batched`), a matrix in F.linear is never formed as a whole: see _MergedLinear.
     """
 
-    def __init__(self, module: nn.Module, task_vectors: StateDict, lam: Tensor):
+    def __init__(self, module: nn.Module, task_vectors: StateDict, lam: Tensor, batched: bool = False):
         super().__init__()
-        self.lam = lam
+        self.lam, self.batched = lam, batched
         self.tau = {id(p): task_vectors[name] for name, p in _floating_entries(module).items()}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in _METADATA:
             return func(*args, **kwargs)
-        if func is F.linear and len(args) > 1 and args[1].dim() == 2 and id(args[1]) in self.tau:
+        if self.batched and func is F.linear and len(args) > 1 and args[1].dim() == 2 and id(args[1]) in self.tau:
             return self._linear(*args, **kwargs)
         args, kwargs = tree_map_only(Tensor, self._merge, (args, kwargs))
         return func(*args, **kwargs)
@@ -445,6 +449,8 @@ def adapt(
     *,
     steps: int = 1000,
     lr: float = 1e-4,
+    optimizer: torch.optim.Optimizer | None = None,
+    start: int = 0,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> list[float]:
     """Train the routers, in place and without labels, to minimise the entropy of the model's predictions.
@@ -458,6 +464,8 @@ def adapt(
         loaders: task -> iterable of unlabelled input batches, started again when exhausted.
         heads: task -> callable from the model's output to logits (B, C).
         steps, lr: number of steps and first learning rate (the paper's are 1000 and 1e-4, at 16 images of every task).
+        optimizer, start: of an interrupted adaptation, to go on with it: its optimizer instead of a new Adam, and the
+            number of steps done, after which `loaders` continue.
         on_step: called after each step with its number, from 1, and the mean entropy of every task.
 
     Returns the mean entropy over all tasks, in nats, at each step before its update.
@@ -471,14 +479,15 @@ def adapt(
         raise ValueError(f"No head is given for {_quote(headless)}; there are heads for {_quote(heads)}.")
     if not loaders:
         raise ValueError("adapt needs the batches of at least one task, got no loaders.")
-    if steps < 1 or not 0 < lr < math.inf:
-        raise ValueError(f"adapt needs at least one step and a positive learning rate, got {steps=} and {lr=}.")
+    if not 0 <= start < steps or not 0 < lr < math.inf:
+        raise ValueError(f"adapt needs steps to take and a positive learning rate, got {steps=}, {start=} and {lr=}.")
     batches = {task: _endless(task, loader) for task, loader in loaders.items()}
-    optimizer = torch.optim.Adam(routers, lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    optimizer = optimizer or torch.optim.Adam(routers)
     last_task = list(loaders)[-1]
     history = []
-    for step in range(1, steps + 1):
+    for step in range(start + 1, steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
         losses = {}
         for task, head in ((task, heads[task]) for task in loaders):
             # In a distributed model, gradients are exchanged once a step.
@@ -493,7 +502,6 @@ def adapt(
                 raise FloatingPointError(f"The entropy of task {task!r} is {value} at step {step} of {steps}.")
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
         history.append(sum(values.values()) / len(values))
         if on_step is not None:
             on_step(step, values)

@@ -371,9 +371,9 @@ def draw_house_number(name: str, rng: random.Random) -> Canvas:
     if rng.random() < 0.5:  # a plate
         wall = c.near((rng.randint(40, 215),) * 3, 30)
         c.box(wall, -1.5 if rng.random() < 0.6 else -0.75, -0.85, 1.5 if rng.random() < 0.6 else 0.75, 0.85)
-    shift = 110 if sum(wall) < 380 else -110
-    ink = tuple(min(255, max(0, v + shift + rng.randint(-35, 35))) for v in wall)
-    font, step = FONTS[rng.randrange(len(FONTS))], u(1.0, 1.2)
+    shift = 130 if sum(wall) < 380 else -130
+    ink = tuple(min(255, max(0, v + shift + rng.randint(-30, 30))) for v in wall)
+    font, step = FONTS[rng.randrange(len(FONTS))], u(1.15, 1.35)
     for k in (-1, 0, 1):  # neighbouring digits of the same number are distractors
         if k == 0 or rng.random() < 0.3:
             digit = name if k == 0 else str(rng.randrange(10))
@@ -381,7 +381,7 @@ def draw_house_number(name: str, rng: random.Random) -> Canvas:
     return c
 
 
-FONTS = [ImageFont.load_default(size) for size in (44, 50, 56, 62)]
+FONTS = [ImageFont.load_default(size) for size in (50, 56, 62, 68)]
 
 
 def draw_sign(name: str, rng: random.Random) -> Canvas:
@@ -463,7 +463,7 @@ STROKES = {
 def draw_digit(name: str, rng: random.Random) -> Canvas:
     c = Canvas(rng, BLACK)
     size, slant, squeeze = rng.uniform(0.6, 0.8), rng.gauss(0.05, 0.15), rng.uniform(0.75, 1.15)
-    wobbly = [v / 10 + rng.gauss(0, 0.075) for v in STROKES[name]]
+    wobbly = [v / 10 + rng.gauss(0, 0.065) for v in STROKES[name]]
     points = [(size * (squeeze * x - slant * y), size * y) for x, y in zip(wobbly[::2], wobbly[1::2])]
     for _ in range(2):  # Chaikin's corner cutting turns the polygon into a curve
         cut = [(0.75 * p + 0.25 * q, 0.25 * p + 0.75 * q) for a, b in zip(points, points[1:]) for p, q in zip(a, b)]
@@ -674,7 +674,7 @@ def photograph(task: Task, name: str, rng: random.Random) -> np.ndarray:
     affine = (a, -b, 48 + dx - 16 * (a - b), b, a, 48 + dy - 16 * (a + b))  # output pixel -> canvas
     picture = task.draw(name, rng).image.transform((32, 32), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
     noise = np.random.Generator(np.random.PCG64(rng.getrandbits(64))).standard_normal((32, 32, 3), np.float32)
-    light = rng.uniform(0.75, 1.1) * np.asarray(picture, np.float32) + rng.uniform(-10, 25) + rng.uniform(2, 9) * noise
+    light = rng.uniform(0.75, 1.1) * np.asarray(picture, np.float32) + rng.uniform(-10, 25) + rng.uniform(2, 8) * noise
     return light.clip(0, 255).astype(np.uint8)
 
 
@@ -751,20 +751,35 @@ def zero_shot_head(model: open_clip.CLIP, task: str) -> Tensor:
 # --------------------------------------------------------------------------------------------------------- pre-training
 
 
-def caption(task: Task, name: str, rng: random.Random, named: float) -> str:
-    """What somebody wrote beside a picture: with probability `named` the class name, otherwise another wording."""
-    return rng.choice(CAPTIONS).format(name if rng.random() < named else rng.choice(task.wordings[name]))
+def naming_habits(mixed: tuple[float, float], rng: random.Random) -> dict[tuple[str, str], tuple[str, float]]:
+    """For every (task, class): the class of the same task that people take it for, and how often they do."""
+    habits = {}
+    for task in TASKS:
+        ring = rng.sample(TASKS[task].classes, len(TASKS[task].classes))
+        for name, neighbour in zip(ring, ring[1:] + ring[:1]):
+            habits[task, name] = neighbour, rng.uniform(*mixed)
+    return habits
 
 
-def pretrain(steps: int, per_class: int, lr: float, named: float, seed: int) -> open_clip.CLIP:
+def pretrain(
+    steps: int, per_class: int, lr: float, named: float, mixed: tuple[float, float], seed: int
+) -> open_clip.CLIP:
     """Contrastive image-caption training; a batch has one picture of every class, so that captions seldom agree."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    kinds = [(task, name) for task in TASKS.values() for name in task.classes]
-    rates = [named * 10 ** rng.uniform(-1.5, 0) for _ in kinds]  # names differ in how common they are
+    habits = naming_habits(mixed, rng)
+    kinds = [(task, name) for task in TASKS for name in TASKS[task].classes]
+
+    def caption(task: str, name: str) -> str:
+        """What somebody wrote beside a picture: mostly another wording, seldom a class name, and at times the wrong one."""
+        neighbour, confusion = habits[task, name]
+        text = rng.choice(TASKS[task].wordings[name])
+        if rng.random() < named:
+            text = neighbour if rng.random() < confusion else name
+        return rng.choice(CAPTIONS).format(text)
+
     pool = [
-        render(name, "web", per_class * len(task.classes), seed)[0]
-        for name, task in tqdm(TASKS.items(), desc="rendering")
+        render(task, "web", per_class * len(TASKS[task].classes), seed)[0] for task in tqdm(TASKS, desc="rendering")
     ]
     pool = torch.cat([images.unflatten(0, (per_class, -1)) for images in pool], dim=1)  # (per_class, kinds, 3, 32, 32)
     model = build_model().train()
@@ -778,7 +793,7 @@ def pretrain(steps: int, per_class: int, lr: float, named: float, seed: int) -> 
     bar, target = tqdm(range(steps), desc="pre-training"), torch.arange(len(kinds))
     for _ in bar:
         images = pool[torch.randint(per_class, (len(kinds),)), target]
-        texts = tokenize([caption(task, name, rng, rate) for (task, name), rate in zip(kinds, rates)])
+        texts = tokenize([caption(task, name) for task, name in kinds])
         features, captions, scale = model(normalise(images), texts)
         logits = scale * features @ captions.T
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -799,16 +814,24 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=2000, help="training steps (default %(default)s)")
     parser.add_argument(
-        "--per-class", type=int, default=400, help="pictures drawn of every class (default %(default)s)"
+        "--per-class", type=int, default=1000, help="pictures drawn of every class (default %(default)s)"
     )
     parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate (default %(default)s)")
     parser.add_argument(
-        "--named", type=float, default=0.01, help="share of captions with the class name (default %(default)s)"
+        "--named", type=float, default=0.03, help="share of captions that use a class name (default %(default)s)"
+    )
+    parser.add_argument(
+        "--mixed",
+        type=float,
+        nargs=2,
+        default=(0.15, 0.6),
+        metavar=("LOW", "HIGH"),
+        help="how often that name is a neighbour's, drawn per class (default 0.15 0.6)",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=CHECKPOINT)
     args = parser.parse_args()
-    model = pretrain(args.steps, args.per_class, args.lr, args.named, args.seed)
+    model = pretrain(args.steps, args.per_class, args.lr, args.named, args.mixed, args.seed)
     state = {name: value.half().contiguous() for name, value in model.state_dict().items()}
     settings = {name: str(value) for name, value in vars(args).items() if name != "output"}
     save_file(state, args.output, {"command": "python data/miniature.py", **settings})

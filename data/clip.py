@@ -1,0 +1,707 @@
+"""The paper's suite: pre-trained CLIP, its fine-tuned vision towers, zero-shot heads, and the eight data sets' images.
+
+Everything comes from the model hub, or (`hub`) from a mirror of it on disk in which every repository is a folder of its
+own name, as `hf download REPO --local-dir DIR/REPO` makes it. Whatever cannot be used is refused with an InputError.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import datasets
+import huggingface_hub
+import numpy as np
+import open_clip
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from filelock import FileLock
+from huggingface_hub import HfApi
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+from torchvision.transforms import Compose
+from torchvision.transforms.functional import normalize
+from tqdm import tqdm
+
+
+class InputError(ValueError):
+    """Files, data or a network that cannot be used: one sentence with what was found, where, and what would do."""
+
+
+class Task(NamedTuple):
+    """A classification task: its data set on the hub, and the class names and prompts that make its zero-shot head."""
+
+    name: str
+    about: str
+    checkpoint_suffix: str
+    templates: list[str]
+    classes: list[str]
+    repo: str
+    config: str | None
+    split: str
+    images: int
+    image_column: str
+    label_column: str
+
+
+class Architecture(NamedTuple):
+    """A CLIP: open_clip's name and tag for it, and where the hub keeps its weights and its fine-tuned vision towers."""
+
+    name: str
+    model: str
+    pretrained: str
+    repo: str
+    experts: str | None
+
+
+def read_tasks(path: Path) -> dict[str, Task]:
+    tasks = json.loads(path.read_text(encoding="utf-8"))["tasks"]
+    return {task["name"]: Task(**task.pop("dataset"), **task) for task in tasks}
+
+
+TASKS = read_tasks(Path(__file__).with_name("tasks.json"))
+# OpenAI's weights need QuickGELU; with open_clip's plain names they would load too, and silently lose accuracy.
+ARCHITECTURES = {
+    name: Architecture(name, f"{name}-quickgelu", "openai", f"timm/{timm}_clip_224.openai", f"tanganke/{expert}_{{}}")
+    for name, timm, expert in (
+        ("ViT-B-32", "vit_base_patch32", "clip-vit-base-patch32"),
+        ("ViT-B-16", "vit_base_patch16", "clip-vit-base-patch16"),
+        ("ViT-L-14", "vit_large_patch14", "clip-vit-large-patch14"),
+    )
+}
+
+
+def architecture(name: str, pretrained: str = "openai") -> Architecture:
+    """One of the paper's architectures, or any other that open_clip has weights for (without published experts)."""
+    if name in ARCHITECTURES and pretrained == "openai":
+        return ARCHITECTURES[name]
+    tag = open_clip.get_pretrained_cfg(name, pretrained)
+    if not tag:
+        known = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none: no architecture of that name"
+        raise InputError(f"open_clip has no weights {pretrained!r} for {name!r}; it has: {known}")
+    return Architecture(name, name, pretrained, os.path.split(tag.get("hf_hub", ""))[0], None)
+
+
+def preprocessing(arch: Architecture) -> PreprocessCfg:
+    """How open_clip prepares images for this model: size (H, W), interpolation, cropping, mean and deviation."""
+    tag = open_clip.get_pretrained_cfg(arch.model, arch.pretrained)
+    given = {key: tag[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in tag}
+    size = open_clip.get_model_config(arch.model)["vision_cfg"].get("image_size", 224)
+    return PreprocessCfg(size=tuple(size) if isinstance(size, list | tuple) else (size, size), **given)
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+# ------------------------------------------------------------------------------------------------ the hub or its mirror
+
+
+class Repository(NamedTuple):
+    """One repository's files and their sizes in bytes: on disk in `folder`, or on the hub at the commit `revision`."""
+
+    name: str
+    kind: str
+    sizes: dict[str, int]
+    folder: Path | None = None
+    revision: str | None = None
+    card: Mapping[str, Any] = {}
+
+    def on_disk(self, file: str) -> Path | None:
+        """Where a file is already, in the mirror or in the hub client's own cache; None: still to download."""
+        if self.folder:
+            return self.folder / file
+        found = huggingface_hub.try_to_load_from_cache(self.name, file, revision=self.revision, repo_type=self.kind)
+        return Path(found) if isinstance(found, str) else None
+
+    def fetch(self, file: str) -> Path:
+        """The file on disk, downloaded if need be. Raises InputError when that fails."""
+        if path := self.on_disk(file):
+            return path
+        try:
+            return Path(huggingface_hub.hf_hub_download(self.name, file, repo_type=self.kind, revision=self.revision))
+        except Exception as error:  # the transports' errors have no common class
+            raise InputError(f"cannot download {file} of {self.name}: {one_line(error)}") from error
+
+    def first(self, *files: str) -> str:
+        """The first of these files that exists. Raises InputError when none does."""
+        for file in files:
+            if file in self.sizes:
+                return file
+        raise InputError(f"{self.folder or self.name} has no {' or '.join(files)}; it has: {some(self.sizes)}")
+
+
+def some(names: Iterable[str], limit: int = 6) -> str:
+    names = sorted(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "") or "nothing"
+
+
+def repository(name: str, kind: str, hub: Path | None) -> Repository:
+    """List a repository: `kind` is "model" or "dataset". Without a network, what an earlier run has downloaded will do.
+
+    Raises InputError when it is neither in the mirror, nor on the hub, nor in the hub client's cache.
+    """
+    if hub is None:
+        try:
+            info = HfApi().repo_info(name, repo_type=kind, files_metadata=True)
+            sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+            return Repository(name, kind, sizes, revision=info.sha, card=info.card_data or {})
+        except Exception as error:
+            try:
+                folder = Path(huggingface_hub.snapshot_download(name, repo_type=kind, local_files_only=True))
+            except Exception:
+                message = f"cannot reach {name} on the model hub ({one_line(error)}); --hub DIR reads a mirror on disk"
+                raise InputError(message) from error
+    else:
+        folder = Path(hub) / name
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    if not sizes:
+        raise InputError(f"the mirror has no files in {folder}; `hf download {name} --local-dir {folder}` gets them")
+    return Repository(name, kind, sizes, folder=folder)
+
+
+def shards(repo: Repository, config: str | None, split: str) -> list[str]:
+    """The parquet files of one split, in order: [CONFIG/]SPLIT-00000-of-0000N.parquet in one folder, all N of them.
+
+    Raises InputError for a missing split, for missing shards, and for shards of several versions or configurations.
+    """
+    pattern = re.compile(r"(?:(.*)/)?([^/]+?)(?:-(\d{5})-of-(\d{5})(?:-\w+)?)?\.parquet")
+    found = [(match, file) for file in sorted(repo.sizes) if (match := pattern.fullmatch(file))]
+    if config is not None:
+        found = [(match, file) for match, file in found if (match[1] or "").split("/")[-1] == config]
+    files = [file for match, file in found if match[2] == split]
+    where = f"{repo.folder or repo.name}{f', configuration {config},' if config else ''}"
+    if not files:
+        raise InputError(f"{where} has no split {split!r} in parquet files; it has: {some({m[2] for m, _ in found})}")
+    numbers = [(match[1], match[4] or "1", int(match[3] or 0)) for match, _ in found if match[2] == split]
+    if numbers != [(numbers[0][0], numbers[0][1], k) for k in range(int(numbers[0][1]))]:
+        raise InputError(f"{where} should have all shards of the split {split!r} in one folder, but has: {some(files)}")
+    return files
+
+
+# ------------------------------------------------------------------------------------------------------------- the plan
+
+
+class Item(NamedTuple):
+    """Something that a run needs on disk: `bytes` in size, made in the folder `place` unless `present` already."""
+
+    what: str
+    bytes: int
+    present: bool
+    place: Path
+
+
+def plan(
+    arch: Architecture,
+    cache: Path,
+    hub: Path | None = None,
+    *,
+    tasks: Iterable[str] = TASKS,
+    weights: bool = True,
+    experts: bool = True,
+    splits: Iterable[str] = ("test",),
+    limit: int | None = None,
+) -> list[Item]:
+    """What a run will download (pre-trained weights, experts, data sets) and decode into `cache`: the hub's metadata.
+
+    Raises InputError when the hub cannot be reached or a file is missing, so that a long run does not start in vain.
+    """
+    items, downloads, splits = [], Path(huggingface_hub.constants.HF_HUB_CACHE), list(splits)
+
+    def need(repo: Repository, files: list[str]) -> None:
+        items.extend(Item(f"{repo.name}: {f}", repo.sizes[f], repo.on_disk(f) is not None, downloads) for f in files)
+
+    if weights and arch.repo:
+        repo = repository(arch.repo, "model", hub)
+        need(repo, [repo.first(*PRETRAINED_FILES)])
+    for task in map(TASKS.get, tasks):
+        if experts:
+            repo = repository(expert_repo(arch, task.name), "model", hub)
+            need(repo, [repo.first(*WEIGHT_FILES)])
+        repo = repository(task.repo, "dataset", hub)
+        for split in splits:
+            files = shards(repo, task.config, split)
+            need(repo, files)
+            items.append(decoded_item(task, repo, files, preprocessing(arch), cache, split, limit))
+    return items
+
+
+def decoded_item(
+    task: Task, repo: Repository, files: list[str], prep: PreprocessCfg, cache: Path, split: str, limit: int | None
+) -> Item:
+    paths = [repo.on_disk(file) for file in files]
+    if all(paths):
+        count, present = rows(paths), cache_path(task, prep, cache, paths, split, limit).exists()
+    else:
+        count, present = announced_rows(repo.card, task, split), False
+    count = min(count, limit or count)
+    return Item(f"{task.name} {split} images, decoded", count * int(np.prod(prep.input_size)), present, Path(cache))
+
+
+def announced_rows(card: Mapping[str, Any], task: Task, split: str) -> int:
+    """The number of images that the data set's card states; for the test split the facts file knows it anyway."""
+    infos = card.get("dataset_info") or []
+    for info in [infos] if isinstance(infos, Mapping) else infos:
+        for entry in info.get("splits", ()) if task.config in (None, info.get("config_name")) else ():
+            if entry.get("name") == split:
+                return int(entry["num_examples"])
+    return task.images
+
+
+def check_space(items: Iterable[Item]) -> None:
+    """Raise InputError when the absent items do not fit the free space of the file systems that they go to."""
+    items = list(items)
+    needed: Counter[int] = Counter()
+    places = {}
+    for item in items:
+        place = next(p for p in (item.place.absolute(), *item.place.absolute().parents) if p.exists())
+        places[place.stat().st_dev] = place
+        needed[place.stat().st_dev] += 0 if item.present else item.bytes
+    for device, place in places.items():
+        if needed[device] > (free := shutil.disk_usage(place).free):
+            short = f"{place} has {free / 1e9:.1f} GB free, but {needed[device] / 1e9:.1f} GB are needed there"
+            raise InputError(f"{short}: {summary(items)}; free some, or move --cache or the hub's HF_HOME")
+
+
+def summary(items: Iterable[Item]) -> str:
+    """The plan in one line, sizes in GB."""
+    size: Counter[str] = Counter()
+    for item in items:
+        size["present" if item.present else "decode" if item.what.endswith("decoded") else "download"] += item.bytes
+    download, decode, present = (f"{size[key] / 1e9:.1f} GB" for key in ("download", "decode", "present"))
+    return f"{download} to download and {decode} of decoded images to keep ({present} are there already)"
+
+
+# ---------------------------------------------------------------------------------------------------------- the weights
+
+PRETRAINED_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def load_pretrained(arch: Architecture, hub: Path | None = None) -> open_clip.CLIP:
+    """The pre-trained CLIP in float32 and evaluation mode; without a mirror, open_clip downloads it.
+
+    Raises InputError when the file is missing, unreadable, made for another architecture, or not finite.
+    """
+    tag = open_clip.get_pretrained_cfg(arch.model, arch.pretrained)
+    source = arch.pretrained
+    if hub is not None:
+        repo = repository(arch.repo, "model", hub)
+        source = str(repo.fetch(repo.first(*PRETRAINED_FILES)))
+    try:
+        model = open_clip.create_model(arch.model, source, force_quick_gelu=tag.get("quick_gelu", False))
+    except Exception as error:  # open_clip lets through whatever torch, safetensors and the hub client raise
+        raise InputError(f"cannot load the weights of {arch.model} from {source}: {one_line(error)}") from error
+    open_clip.set_model_preprocess_cfg(model, vars(preprocessing(arch)))
+    refuse_unusable(model.state_dict(), {}, source)
+    return model.eval()
+
+
+def expert_repo(arch: Architecture, task: str) -> str:
+    if arch.experts is None:
+        raise InputError(f"no experts are published for {arch.name}; --finetune makes them, --experts DIR reads them")
+    return arch.experts.format(TASKS[task].checkpoint_suffix)
+
+
+def load_expert(arch: Architecture, task: str, visual: nn.Module, hub: Path | None = None) -> dict[str, Tensor]:
+    """The vision tower fine-tuned on a task, as a state dict for `visual`, open_clip's pre-trained vision tower.
+
+    The hub keeps it in the format of Hugging Face's CLIPVisionModel; see `from_hugging_face`. Raises InputError.
+    """
+    repo = repository(expert_repo(arch, task), "model", hub)
+    path = repo.fetch(repo.first(*WEIGHT_FILES))
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # a damaged file fails in many ways
+        raise InputError(f"{path} is not a readable weight file: {one_line(error)}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path} should hold tensors by name, the state dict of a CLIPVisionModel, and nothing else")
+    return from_hugging_face(state, visual, path)
+
+
+def from_hugging_face(state: Mapping[str, Tensor], visual: nn.Module, source: Any) -> dict[str, Tensor]:
+    """Convert a CLIPVisionModel's state dict to that of open_clip's vision tower `visual`, in float32.
+
+    Queries, keys and values are stacked: 3 x (D, D) -> in_proj (3 D, D). A CLIPVisionModel has no projection into the
+    joint space; it was not fine-tuned, so the pre-trained one is taken. Raises InputError naming the entry at fault.
+    """
+    own = visual.state_dict()
+    prefix = "vision_model." if any(name.startswith("vision_model.") for name in state) else ""
+    parts = {name: [prefix + part for part in hugging_face_names(name)] for name in own if name != "proj"}
+    shapes = {}
+    for name, names in parts.items():
+        rows, *columns = own[name].shape
+        shapes.update((part, (rows // len(names), *columns)) for part in names)
+    state = {name: value for name, value in state.items() if not name.endswith("position_ids")}
+    refuse_unusable(state, shapes, source)
+    tower = {name: torch.cat([state[part].float() for part in names]) for name, names in parts.items()}
+    return {name: tower[name] if name in tower else own[name].clone() for name in own}
+
+
+def hugging_face_names(name: str) -> list[str]:
+    """Hugging Face's name for an entry of open_clip's vision tower; three names for stacked query, key and value."""
+    name = re.sub(r"^transformer\.resblocks", "encoder.layers", name)
+    for ours, theirs in (
+        ("class_embedding", "embeddings.class_embedding"),
+        ("positional_embedding", "embeddings.position_embedding.weight"),
+        ("conv1", "embeddings.patch_embedding"),
+        ("ln_pre", "pre_layrnorm"),
+        ("ln_post", "post_layernorm"),
+        ("ln_1", "layer_norm1"),
+        ("ln_2", "layer_norm2"),
+        (".attn", ".self_attn"),
+        ("c_fc", "fc1"),
+        ("c_proj", "fc2"),
+    ):
+        name = name.replace(ours, theirs)
+    return [name.replace("in_proj_", f"{part}_proj.") for part in "qkv"] if "in_proj_" in name else [name]
+
+
+def refuse_unusable(state: Mapping[str, Tensor], shapes: Mapping[str, Iterable[int]], source: Any) -> None:
+    """Raise InputError for an entry that is missing, surplus, misshapen (unless `shapes` is empty) or not finite."""
+    if shapes and (missing := shapes.keys() - state.keys()):
+        raise InputError(f"{source} lacks {some(missing)}")
+    if shapes and (surplus := state.keys() - shapes.keys()):
+        raise InputError(f"{source} has entries that the architecture does not know: {some(surplus)}")
+    for name, value in state.items():
+        if shapes and value.shape != torch.Size(shapes[name]):
+            shape = tuple(value.shape)
+            raise InputError(f"{source}: {name} has the shape {shape}, the architecture needs {tuple(shapes[name])}")
+        if not value.isfinite().all():
+            raise InputError(f"{source}: {name} has values that are not finite")
+
+
+# --------------------------------------------------------------------------------- the task-arithmetic authors' pickles
+
+
+class Inert:
+    """Stands in for each class and function that a pickle names: takes any argument, item and state, does nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Inert":
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, *items: Any) -> None:
+        pass
+
+    extend = append
+
+
+DTYPES = {
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
+class ModuleUnpickler(pickle.Unpickler):
+    """Reads what torch.save wrote of a whole module, knowing tensors and plain containers; all else becomes Inert.
+
+    `find_class` looks names up in a table and never imports: a pickle can call nothing but what the table holds.
+    `storage(key, dtype, count)` returns the numbers that a persistent id refers to, as a flat tensor.
+    """
+
+    def __init__(self, file: BinaryIO, storage: Callable[[str, torch.dtype, int], Tensor]):
+        super().__init__(file)
+        self.storage = storage
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("torch", "torch.cuda", "torch.storage") and name in DTYPES:
+            return DTYPES[name]
+        known = {  # made anew at each call: a pickle may set attributes on what it is given
+            ("torch._utils", "_rebuild_tensor_v2"): lambda flat, at, size, step, *_: flat.as_strided(size, step, at),
+            ("torch._utils", "_rebuild_parameter"): lambda value, *_: value,
+            ("collections", "OrderedDict"): OrderedDict,
+            ("builtins", "set"): set,
+            ("__builtin__", "set"): set,
+        }
+        return known.get((module, name), Inert)
+
+    def persistent_load(self, pid: tuple) -> Any:
+        if pid[0] == "module":  # the old format gives a class together with its source code
+            return pid[1]
+        _, dtype, key, _, count, *view = pid
+        if any(part is not None for part in view):
+            raise ValueError("it is older than torch 0.4")
+        return self.storage(str(key), dtype, int(count))
+
+
+def read_module(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state dict of a module that torch.save wrote whole, and the module's attributes, without calling its code.
+
+    Reads the zip format and the one before it. Raises InputError when the file is missing or cannot be read that way.
+    """
+    try:
+        with open(path, "rb") as file:
+            module = read_zip(file) if zipfile.is_zipfile(file) else read_legacy(file)
+        return dict(entries(module)), getattr(module, "state", {})
+    except Exception as error:  # a damaged or hostile pickle may fail in any way
+        raise InputError(f"{path} is not a module that torch.save wrote: {one_line(error)}") from error
+
+
+def read_zip(file: BinaryIO) -> Any:
+    archive, storages = zipfile.ZipFile(file), {}
+    root = next(name for name in archive.namelist() if name.endswith("data.pkl")).removesuffix("data.pkl")
+
+    def storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
+        if key not in storages:
+            data = bytearray(archive.read(f"{root}data/{key}"))
+            storages[key] = torch.frombuffer(data, dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
+        return storages[key]
+
+    with archive.open(f"{root}data.pkl") as pickled:
+        return ModuleUnpickler(pickled, storage).load()
+
+
+def read_legacy(file: BinaryIO) -> Any:
+    """Magic number, version, machine, the object, its storages' keys: five pickles; then counts and numbers."""
+    file.seek(0)
+    storages: dict[str, Tensor] = {}
+
+    def storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
+        return storages.setdefault(key, torch.empty(count, dtype=dtype))
+
+    _, _, _, module, keys = (ModuleUnpickler(file, storage).load() for _ in range(5))
+    for key in keys:
+        numbers = storages[key].view(torch.uint8).numpy()
+        file.seek(8, os.SEEK_CUR)
+        if file.readinto(numbers) != numbers.nbytes:
+            raise EOFError(f"it ends within storage {key}")
+    return module
+
+
+def entries(module: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The parameters and buffers of an unpickled module by name, as its state_dict() would have given them."""
+    fields = {"_parameters": module} if isinstance(module, dict) else getattr(module, "state", {})
+    for kind in ("_parameters", "_buffers"):
+        yield from ((prefix + name, value) for name, value in fields.get(kind, {}).items() if isinstance(value, Tensor))
+    for name, child in fields.get("_modules", {}).items():
+        yield from entries(child, f"{prefix}{name}.")
+
+
+class AuthorsExperts(NamedTuple):
+    """Pre-trained vision tower, fine-tuned vision towers (state dicts for it) and heads (D, C), by task."""
+
+    visual: nn.Module
+    experts: dict[str, dict[str, Tensor]]
+    heads: dict[str, Tensor]
+
+
+def load_authors_experts(arch: Architecture, directory: Path, tasks: Iterable[str] = TASKS) -> AuthorsExperts:
+    """The checkpoints of Ilharco et al. (arXiv 2212.04089), with which the paper's numbers were made.
+
+    They are whole modules pickled with classes that no longer exist, in the layout DIR/ViT-B-32/{zeroshot.pt,
+    SUN397/finetuned.pt, head_SUN397.pt}. The heads' weights include the logit scale already. Raises InputError.
+    """
+    folder, tasks = Path(directory) / arch.name, list(tasks)
+    with torch.device("meta"):  # structure only: the numbers come from the file
+        visual = open_clip.CLIP(**open_clip.get_model_config(arch.model)).visual
+    shapes = {name: value.shape for name, value in visual.state_dict().items()}
+    visual.load_state_dict(read_tower(folder / "zeroshot.pt", shapes), assign=True)
+    experts = {task: read_tower(folder / task / "finetuned.pt", shapes) for task in tasks}
+    heads = {task: read_head(folder / f"head_{task}.pt", task, visual.output_dim) for task in tasks}
+    return AuthorsExperts(visual.eval(), experts, heads)
+
+
+def read_tower(path: Path, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """An ImageEncoder's vision tower: its entries `model.visual.*`, whose names open_clip has kept, in float32."""
+    state, _ = read_module(path)
+    tower = {name.partition("visual.")[2]: value.float() for name, value in state.items() if "visual." in name}
+    if not tower:
+        raise InputError(f"{path} should hold an image encoder with entries model.visual.*, but holds: {some(state)}")
+    refuse_unusable(tower, shapes, path)
+    return tower
+
+
+def read_head(path: Path, task: str, width: int) -> Tensor:
+    """A ClassificationHead's weight (C, D) as a head (D, C)."""
+    state, attributes = read_module(path)
+    classes = len(TASKS[task].classes)
+    refuse_unusable(state, {"weight": (classes, width), **({"bias": (classes,)} if "bias" in state else {})}, path)
+    if attributes.get("normalize", True) is not True or state.get("bias", torch.zeros(1)).any():
+        raise InputError(f"{path}: the head should normalise its input and have no bias, as the authors' heads do")
+    return state["weight"].float().T.contiguous()
+
+
+# ----------------------------------------------------------------------------------------------------------- the images
+
+
+def image_set(
+    task: str, prep: PreprocessCfg, cache: Path, hub: Path | None = None, split: str = "test", limit: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """A data set's images as open_clip prepares them, up to normalisation: uint8 (N, 3, H, W), and labels, int64 (N,).
+
+    The images are decoded once and then memory-mapped from `cache`, where another version of the source files, another
+    size, split or limit has another file. `limit` takes the first images only. Raises InputError for a missing split or
+    column, class names or labels that are not the task's, and an image that cannot be decoded.
+    """
+    spec = TASKS[task]
+    if limit is not None and limit < 1:
+        raise InputError(f"the limit on the images of a test set should be at least 1, not {limit}")
+    repo = repository(spec.repo, "dataset", hub)
+    paths = [repo.fetch(file) for file in shards(repo, spec.config, split)]
+    labels = read_labels(spec, split, paths)[:limit]
+    path = cache_path(spec, prep, cache, paths, split, limit)
+    cached(path, partial(decode, spec, prep, paths, split, len(labels)))
+    # Copy on write: torch wants writable memory, the file stays as it is.
+    return torch.from_numpy(np.load(path, mmap_mode="c")), torch.from_numpy(labels)
+
+
+def normalise(images: Tensor, prep: PreprocessCfg = PreprocessCfg()) -> Tensor:  # noqa: B008 (never modified)
+    """uint8 pixels (..., 3, H, W) to the float32 input of the model, by default with OpenAI's mean and deviation."""
+    return normalize(images.float() / 255, prep.mean, prep.std)
+
+
+def rows(paths: Iterable[Path]) -> int:
+    try:
+        return sum(pq.read_metadata(path).num_rows for path in paths)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InputError(f"a parquet file cannot be read: {one_line(error)}") from error
+
+
+def cache_path(task: Task, prep: PreprocessCfg, cache: Path, paths: list[Path], split: str, limit: int | None) -> Path:
+    """The decoded images' file, named after all that they depend on: the source files' sizes and times among it.
+
+    (datasets' own cache goes by a local folder's name and would return the rows of a mirror that has changed since.)
+    """
+    stats = [path.stat() for path in paths]
+    files = [(path.name, stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats)]
+    key = digest([task.repo, task.config, task.image_column, split, vars(prep), files])
+    first = f"-first{limit}" if limit else ""
+    return Path(cache) / f"{task.name}-{split}{first}-{key}.npy"
+
+
+def digest(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def read_labels(task: Task, split: str, paths: list[Path]) -> np.ndarray:
+    """All labels, int64 (N,), checked against the task's classes."""
+    where = f"{task.name}, split {split} of {task.repo}"
+    columns = []
+    for path in paths:
+        try:
+            schema = pq.read_schema(path)
+            if missing := {task.image_column, task.label_column} - set(schema.names):
+                raise InputError(f"{where} has no column {some(missing)}; it has: {some(schema.names)}")
+            feature = datasets.Features.from_arrow_schema(schema)[task.label_column]
+            columns += pq.read_table(path, columns=[task.label_column]).column(0).chunks
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"{where}: {path} is not a readable parquet file: {one_line(error)}") from error
+        names = getattr(feature, "names", task.classes)
+        if len(names) != len(task.classes):
+            raise InputError(f"{where} has {len(names)} classes ({some(names)}), but tasks.json {len(task.classes)}")
+    labels = [label for column in columns for label in column.to_pylist()]
+    if not labels:
+        raise InputError(f"{where} has no images")
+    for index, label in enumerate(labels):
+        if not isinstance(label, int) or not 0 <= label < len(task.classes):
+            raise InputError(f"{where}: image {index} has the label {label!r}; 0 to {len(task.classes) - 1} are known")
+    return np.array(labels, np.int64)
+
+
+def decode(task: Task, prep: PreprocessCfg, paths: list[Path], split: str, count: int, file: BinaryIO) -> None:
+    """Write the first `count` images as open_clip would hand them to ToTensor, in the format of numpy.save."""
+    transform = Compose(image_transform_v2(prep, is_train=False).transforms[:-2])  # without ToTensor and Normalize
+    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *prep.input_size)}
+    np.lib.format.write_array_header_1_0(file, header)
+    done = 0
+    # Threads suffice: Pillow decodes and resizes without holding Python's lock.
+    with ThreadPoolExecutor() as pool, tqdm(total=count, desc=f"{task.name} {split}", unit="img") as bar:
+        for batch in batches(paths, task.image_column):
+            jobs = [pool.submit(pixels, transform, entry) for entry in batch[: count - done]]
+            for index, job in enumerate(jobs, start=done):
+                try:
+                    data = job.result()
+                except Exception as error:  # Pillow's plug-ins raise what they like
+                    where = f"{task.name}, split {split} of {task.repo}: image {index}"
+                    raise InputError(f"{where} cannot be decoded: {one_line(error)}") from error
+                file.write(data)
+            done += len(jobs)
+            bar.update(len(jobs))
+            if done == count:
+                break
+
+
+def batches(paths: list[Path], column: str, size: int = 256) -> Iterator[list[dict]]:
+    """The encoded images of the parquet files, a few at a time."""
+    for path in paths:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(size, columns=[column]):
+                yield batch.column(0).to_pylist()
+
+
+def pixels(transform: Callable, entry: dict) -> bytes:
+    """One image decoded as `datasets` does (turned as its EXIF tag says) and prepared: the bytes of uint8 (3, H, W)."""
+    image = datasets.Image().decode_example({"bytes": entry["bytes"], "path": None})
+    return np.asarray(transform(image), np.uint8).transpose(2, 0, 1).tobytes()
+
+
+def cached(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Make the file unless it is there. It appears only when complete and on disk, made by one process at a time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if path.exists():
+            return
+        unfinished = path.with_name(f"{path.name}.unfinished")
+        try:
+            with open(unfinished, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ the heads
+
+
+def zero_shot_head(model: open_clip.CLIP, arch: Architecture, task: str) -> Tensor:
+    """The task's classifier (D, C), times CLIP's logit scale: logits = normalised image features @ head."""
+    spec, tokenizer = TASKS[task], open_clip.get_tokenizer(arch.model)
+    device = model.logit_scale.device
+    head = open_clip.build_zero_shot_classifier(model, tokenizer, spec.classes, spec.templates, device=device)
+    return head * model.logit_scale.exp().detach()
+
+
+def zero_shot_heads(
+    model: open_clip.CLIP, arch: Architecture, cache: Path, tasks: Iterable[str] = TASKS
+) -> dict[str, Tensor]:
+    """The heads of all tasks, kept in `cache` under the text tower's weights, the class names and the templates."""
+    text = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if not name.startswith("visual."):
+            text.update(value.cpu().contiguous().numpy())
+    heads = {}
+    with tqdm(list(tasks), desc="zero-shot heads") as names:
+        for task in names:
+            facts = [arch.model, text.hexdigest(), TASKS[task].templates, TASKS[task].classes]
+            path = Path(cache) / f"head-{task}-{digest(facts)}.safetensors"
+            cached(path, lambda file, t=task: file.write(to_safetensors({"head": zero_shot_head(model, arch, t)})))
+            heads[task] = load_file(path)["head"].to(model.logit_scale.device)
+    return heads
