@@ -77,9 +77,7 @@ def task_arithmetic(
         if len(scaling) != len(task_vectors):
             raise ValueError(f"Got {len(scaling)} scaling factors for {len(task_vectors)} task vectors.")
     theta_0 = _floating_entries(pretrained)
-    merged = {
-        name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for name, p in theta_0.items()
-    }
+    merged = {n: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for n, p in theta_0.items()}
     for tau, lam in zip(task_vectors, scalings):
         _check_structure(merged, tau, "a task vector")
         for name, total in merged.items():
@@ -319,15 +317,16 @@ class _MergedLinear(torch.autograd.Function):
 
 def _merged_tiles(lam: Tensor, theta: Tensor, tau: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """θ_0 + Σ_t λ_bt τ_t of all samples, some output rows at a time: the rows, and their weights (B, rows, D_in)."""
-    count = max(1, _TILE.get(lam.device.type, _TILE["cuda"]) // (len(lam) * theta.shape[1]))
+    count = max(_ROWS, _TILE.get(lam.device.type, _TILE["cuda"]) // (len(lam) * theta.shape[1]))
     for start in range(0, len(theta), count):
         rows = slice(start, start + count)
         w = torch.addmm(theta[rows].flatten(), lam, tau[:, rows].flatten(1))  # (B, T) (T, rows · D_in)
         yield rows, w.view(len(lam), -1, theta.shape[1])
 
 
-# Merged weights that exist at a time, as a number of elements: what a CPU's cache holds; 256 MiB in float32 on a GPU.
-_TILE = {"cpu": 2**21, "cuda": 2**26}
+# Merged weights that exist at a time, in elements: what stays in a CPU's cache, or 256 MiB in float32 on a GPU; but so
+# many rows at least, for matrix products to be worth their while.
+_TILE, _ROWS = {"cpu": 2**19, "cuda": 2**26}, 64
 
 
 @contextmanager
@@ -402,11 +401,7 @@ def upscale(
 
 def _selected(model: nn.Module, modules: str | Callable[[str, nn.Module], bool] | None) -> list[str]:
     """Names of the modules to route: those that `modules` selects, hold weights, and lie in no other such module."""
-    if callable(modules):
-        wanted = modules
-    else:
-        pattern = re.compile(_MLP if modules is None else modules)
-        wanted = lambda name, module: pattern.search(name) is not None  # noqa: E731
+    wanted = modules if callable(modules) else lambda name, _: re.search(_MLP if modules is None else modules, name)
     names: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):  # parents come before their children
         inside = any(outer == "" or name.startswith(outer + ".") for outer in names)
@@ -489,10 +484,11 @@ def adapt(
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
         losses = {}
-        for task, head in ((task, heads[task]) for task in loaders):
+        for task in loaders:
+            x = next(batches[task]).to(routers[0].device)
             # In a distributed model, gradients are exchanged once a step.
             with nullcontext() if task == last_task else getattr(model, "no_sync", nullcontext)():
-                loss = entropy(head(model(next(batches[task]).to(routers[0].device)))).mean()
+                loss = entropy(heads[task](model(x))).mean()
                 loss.backward()
             losses[task] = loss.detach()
         values = dict(zip(losses, torch.stack(list(losses.values())).tolist()))
