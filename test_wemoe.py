@@ -891,7 +891,7 @@ def test_the_shipped_checkpoint_is_a_small_half_precision_clip():
 
 def test_pretraining_writes_a_checkpoint_that_can_be_read_again(tmp_path, monkeypatch):
     file = tmp_path / "clip.safetensors"
-    arguments = ["miniature.py", "--steps", "2", "--per-class", "1", "--output", str(file)]
+    arguments = ["miniature.py", "--steps", "2", "--text-steps", "2", "--per-class", "1", "--output", str(file)]
     states = []
     for _ in range(2):
         monkeypatch.setattr(sys, "argv", arguments)

@@ -656,7 +656,7 @@ TASKS = {
     "Cars": Task(draw_car, 0.1, ["a photo of a {}"], words(CARS)),
     "Aerial": Task(draw_aerial, math.pi, ["aerial imagery of a {}"], words(AERIAL)),
     "LandUse": Task(draw_land, math.pi, ["a satellite photo of {}"], words(LAND_USE)),
-    "HouseNumbers": Task(draw_house_number, 0.15, ["a street sign of the number {}"], words(HOUSE_NUMBERS)),
+    "HouseNumbers": Task(draw_house_number, 0.15, ["a photo of a {}"], words(HOUSE_NUMBERS)),
     "Signs": Task(draw_sign, 0.12, ["a {} traffic sign"], words(SIGNS)),
     "Digits": Task(draw_digit, 0.15, ["a photo of the number {}"], words(DIGITS)),
     "Textures": Task(draw_texture, math.pi, ["a {} texture"], words(TEXTURES)),
@@ -713,9 +713,12 @@ def spell(text: str) -> list[str]:
 
 def vocabulary() -> dict[str, int]:
     """Every word of the captions and prompts; 0 is padding, 1 a word never heard of, the last one ends a text."""
-    texts = CAPTIONS + [
-        t for task in TASKS.values() for t in task.templates + task.classes + sum(task.wordings.values(), [])
-    ]
+    spare = ["street"]  # known when the checkpoint was trained, and part of its numbering
+    texts = (
+        spare
+        + CAPTIONS
+        + [t for task in TASKS.values() for t in task.templates + task.classes + sum(task.wordings.values(), [])]
+    )
     return {word: i for i, word in enumerate(sorted({w for text in texts for w in spell(text)}), start=2)}
 
 
