@@ -661,7 +661,7 @@ def draw_adaptation(plt, curves: dict[str, dict], methods: dict[str, dict], auth
 def draw_routing(plt, tasks: list[str], routing: dict[str, list[list[float]]]):
     """Heat maps, one for every routed module: to which expert do images of which task go?"""
     figure, axes = plt.subplots(
-        1, len(routing), figsize=(3.2 * len(routing) + 1, 4), layout="constrained", sharey=True, squeeze=False
+        1, len(routing), figsize=(3.2 * len(routing) + 1, 5), layout="constrained", sharey=True, squeeze=False
     )
     limit = max(abs(value) for rows in routing.values() for row in rows for value in row)
     for axis, (name, rows) in zip(axes[0], routing.items()):
