@@ -1,7 +1,7 @@
 """Eight small image-classification tasks drawn by a program, and a small CLIP pre-trained on pictures of their kind.
 
 `render` draws the pictures, 32 x 32 RGB, from a seed: any number of them, no two alike. `load_pretrained` reads
-miniature.safetensors, which this script made, in some ten minutes on two CPU cores:
+miniature.safetensors, which this script makes, in some twelve minutes on two CPU cores:
 
     python data/miniature.py
 
