@@ -12,10 +12,7 @@ again goes on from it.
 
 import argparse
 import copy
-import hashlib
-import inspect
 import json
-import math
 import os
 import platform
 import re
@@ -23,234 +20,35 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 import open_clip
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import wemoe
-from data import clip, miniature
+from data import clip
 from data.clip import InputError
+from data.suite import (
+    OUR_NAMES,
+    SUITES,
+    Suite,
+    average_over_processes,
+    barrier,
+    derive_seed,
+    each,
+    fingerprint,
+    precision,
+    progress,
+    rank,
+    say,
+    world,
+    write,
+)
 
 HERE = Path(__file__).parent
-TEST_IMAGES = 400  # of each task of the miniature
-
-
-# ------------------------------------------------------------------------------------------
-# The suite: what is merged, and on what it is measured
-# ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Training:
-    """How an expert is made: all weights of the vision tower are trained (AdamW), the zero-shot head is frozen."""
-
-    images: int = 1500  # of each task
-    steps: int = 100
-    batch_size: int = 32
-    lr: float = 4e-4
-    weight_decay: float = 0.1
-    warmup: int = 10
-
-
-@dataclass(frozen=True)
-class Adaptation:
-    """How routers are trained: unlabelled test images, entropy, Adam, cosine annealing to zero."""
-
-    steps: int
-    lr: float
-    batch_size: int = 16  # of each task
-    precision: str = "float32"
-
-
-MINIATURE_ADAPTATION = Adaptation(steps=200, lr=4e-4, batch_size=8)
-PAPER_ADAPTATION = Adaptation(steps=1000, lr=1e-4)
-PAPER_TRAINING = Training(images=0, steps=4000, batch_size=32, lr=1e-5, weight_decay=0, warmup=1)  # images: all
-
-
-@dataclass
-class Suite:
-    name: str
-    seed: int
-    device: torch.device
-    precision: str  # of evaluation
-    adaptation: Adaptation
-    pretrained: nn.Module  # vision tower: normalised images (B, 3, H, W) -> features (B, D)
-    heads: dict[str, Tensor]  # task -> (D, C): logits = normalised features @ head
-    test: dict[str, tuple[Tensor, Tensor]]  # task -> uint8 images (N, 3, H, W), labels (N,)
-    normalise: Callable[[Tensor], Tensor]  # uint8 images -> what the vision tower takes
-    experts: dict[str, nn.Module] = field(default_factory=dict)
-    scalings: tuple[float, ...] = ()  # λ of task arithmetic to try, besides 0.3
-    published: dict[str, dict] = field(default_factory=dict)  # method -> the row of published figures
-    curve: dict | None = None  # the authors' accuracies during adaptation
-
-    @property
-    def tasks(self) -> list[str]:
-        return list(self.heads)
-
-    @property
-    def key(self) -> str:
-        """Names everything that a method's result depends on, but for the method itself."""
-        models = [value.numpy() for m in (self.pretrained, *self.experts.values()) for value in m.state_dict().values()]
-        heads = [head.cpu().numpy() for head in self.heads.values()]
-        tests = [part[:: 1 + len(part) // 20].contiguous().numpy() for pair in self.test.values() for part in pair]
-        sizes = [len(labels) for _, labels in self.test.values()]
-        settings = self.name, self.seed, self.device.type, self.precision, self.adaptation, self.tasks, sizes
-        return fingerprint(*settings, torch.__version__, *models, *heads, *tests)
-
-    def logits(self, task: str) -> Callable[[Tensor], Tensor]:
-        return lambda features: F.normalize(features.float(), dim=-1) @ self.heads[task]
-
-    def images(self, images: Tensor) -> Tensor:
-        return self.normalise(images.to(self.device))
-
-
-def miniature_suite(arguments: argparse.Namespace) -> Suite:
-    """The eight rendered tasks; their experts are fine-tuned here."""
-    model, device = miniature.load_pretrained(), torch.device(arguments.device)
-    suite = Suite(
-        name="miniature",
-        seed=arguments.seed,
-        device=device,
-        precision=arguments.precision or "float32",
-        adaptation=settings_of_adaptation(arguments, MINIATURE_ADAPTATION),
-        pretrained=model.visual.requires_grad_(False),
-        heads={task: miniature.zero_shot_head(model, task).to(device) for task in arguments.tasks},
-        test={task: miniature.render(task, "test", TEST_IMAGES, seed=0) for task in arguments.tasks},
-        normalise=miniature.normalise,
-        scalings=tuple(tenth / 10 for tenth in range(11)),
-    )
-    training = Training()
-    program = HERE / "data" / "miniature.py"
-
-    def images(task: str) -> tuple[Tensor, Tensor]:
-        return miniature.render(task, "train", training.images, seed=0)
-
-    make_experts(suite, arguments, training, images, depends_on=program.read_bytes())
-    return suite
-
-
-def paper_suite(arguments: argparse.Namespace) -> Suite:
-    """CLIP and the eight data sets; experts from the hub, from their authors' files, or fine-tuned here."""
-    arch = clip.architecture(arguments.arch or arguments.suite, arguments.pretrained)
-    hub, cache, limit, device = arguments.hub, arguments.cache, arguments.limit, torch.device(arguments.device)
-    from_hub = arguments.experts is None and not arguments.finetune
-    splits = ("test", "train") if arguments.finetune else ("test",)
-    weights = arguments.experts is None
-    items = clip.plan(
-        arch, cache, hub, tasks=arguments.tasks, weights=weights, experts=from_hub, splits=splits, limit=limit
-    )
-    say(f"{arch.name}: {clip.summary(items)}")
-    clip.check_space(items)
-    experts, prep = {}, clip.preprocessing(arch)
-    if arguments.experts is not None:
-        tower, experts, heads = clip.load_authors_experts(arch, arguments.experts, arguments.tasks)
-    else:
-        model = clip.load_pretrained(arch, hub).to(device)
-        heads = clip.zero_shot_heads(model, arch, cache, arguments.tasks)
-        tower = model.visual.cpu()
-        if from_hub:
-            with progress(arguments.tasks, "Experts") as tasks:
-                experts = {task: clip.load_expert(arch, task, tower, hub) for task in tasks}
-    published = json.loads((HERE / "data" / "published.json").read_text(encoding="utf-8"))
-    source = "paper" if arguments.experts is not None else "hub"
-    rows = published["main"].get(arch.name, []) if arguments.pretrained == "openai" and not limit else []
-    curves = published["adaptation_curves"]["models"].get(arch.name, [])
-    adaptation = settings_of_adaptation(arguments, PAPER_ADAPTATION)
-    suite = Suite(
-        name=arguments.name,
-        seed=arguments.seed,
-        device=device,
-        precision=arguments.precision or ("bfloat16" if device.type == "cuda" else "float32"),
-        adaptation=adaptation,
-        pretrained=tower.requires_grad_(False),
-        heads={task: head.to(device) for task, head in heads.items()},
-        test={task: clip.image_set(task, prep, cache, hub, limit=limit) for task in arguments.tasks},
-        normalise=partial(clip.normalise, prep=prep),
-        published={
-            OUR_NAMES.get(row["method"], row["method"]): dict(row, accuracy=dict(zip(clip.TASKS, row["accuracy"])))
-            for row in rows
-            if row["source"] == source
-        },
-        curve=next((c for c in curves if c["learning_rate"] == adaptation.lr), None),
-    )
-    if arguments.finetune:
-        make_experts(
-            suite, arguments, PAPER_TRAINING, lambda task: clip.image_set(task, prep, cache, hub, split="train")
-        )
-    for task, state in experts.items():
-        suite.experts[task] = copy.deepcopy(tower)
-        suite.experts[task].load_state_dict(state, assign=True)
-        suite.experts[task].requires_grad_(False)
-    return suite
-
-
-OUR_NAMES = {"WEMoE (1-layer router)": "WEMoE (1-layer)"}
-
-
-def settings_of_adaptation(arguments: argparse.Namespace, default: Adaptation) -> Adaptation:
-    steps, precision = arguments.steps or default.steps, arguments.adapt_precision or default.precision
-    return Adaptation(steps, default.lr, default.batch_size, precision)
-
-
-def make_experts(
-    suite: Suite,
-    arguments: argparse.Namespace,
-    training: Training,
-    images: Callable[[str], tuple[Tensor, Tensor]],
-    depends_on: bytes = b"",
-) -> None:
-    """Fine-tune the tower on every task (shared among the processes), or read what an earlier run has fine-tuned."""
-    weights = [value.numpy() for value in suite.pretrained.state_dict().values()]
-    key = fingerprint(depends_on, inspect.getsource(fine_tune), training, suite.seed, suite.device.type, *weights)
-    folder = arguments.folder / "cache"
-    files = {
-        task: folder / f"expert-{task}-{fingerprint(key, suite.heads[task].cpu().numpy())}.safetensors"
-        for task in suite.tasks
-    }
-    missing = [task for task in suite.tasks if not files[task].exists()][rank() :: world()]
-    with progress(None, "Fine-tuning", total=len(missing) * training.steps, unit="step") as bar:
-        for task in missing:
-            bar.set_postfix_str(task)
-            expert = fine_tune(suite, task, *images(task), training, bar)
-            write(files[task], lambda path, expert=expert: save_file(expert.cpu().state_dict(), path))
-    barrier()
-    for task, file in files.items():
-        suite.experts[task] = copy.deepcopy(suite.pretrained)
-        suite.experts[task].load_state_dict(load_file(file))
-
-
-def fine_tune(suite: Suite, task: str, images: Tensor, labels: Tensor, training: Training, bar: tqdm) -> nn.Module:
-    """An expert: a copy of the pre-trained tower, trained with cross-entropy through the task's frozen head."""
-    generator = torch.Generator().manual_seed(derive_seed(suite.seed, "fine-tuning", task))
-    expert = copy.deepcopy(suite.pretrained).to(suite.device).requires_grad_(True).train()
-    optimizer = torch.optim.AdamW(expert.parameters(), lr=training.lr, weight_decay=training.weight_decay)
-
-    def factor(step: int) -> float:  # of the learning rate: a short linear warm-up, then half a cosine
-        return min(1, (step + 1) / training.warmup) * (1 + math.cos(math.pi * step / training.steps)) / 2
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    for _ in range(training.steps):
-        batch = torch.randint(len(images), (training.batch_size,), generator=generator)
-        logits = suite.logits(task)(expert(suite.images(images[batch])))
-        loss = F.cross_entropy(logits, labels[batch].to(suite.device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        bar.update()
-    return expert.requires_grad_(False).eval()
-
-
-SUITES = {"miniature": (miniature_suite, list(miniature.TASKS))}
-SUITES.update({name: (paper_suite, list(clip.TASKS)) for name in clip.ARCHITECTURES})
 
 
 # ------------------------------------------------------------------------------------------
@@ -320,7 +118,7 @@ def adapt(suite: Suite, model: nn.Module, name: str, folder: Path) -> dict[str, 
     Routers, optimiser and curve are kept in `folder` ten times on the way, and an adaptation goes on from there.
     """
     settings, file = suite.adaptation, folder / "adaptation.pt"
-    part = {task: (images[:60], labels[:60]) for task, (images, labels) in suite.test.items()}
+    part = {task: (images[:40], labels[:40]) for task, (images, labels) in suite.test.items()}
     routers = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.Adam(routers.values())
     curve = {"steps": [0], "accuracy": [mean(evaluate(suite, model, part))], "entropy": []}
@@ -408,7 +206,7 @@ def evaluate(suite: Suite, model: nn.Module | dict[str, nn.Module], test: dict |
         for task, (images, labels) in test.items():
             tower = (model[task] if isinstance(model, dict) else model).to(suite.device)
             right = torch.zeros((), dtype=torch.long, device=suite.device)
-            for batch in torch.arange(rank(), len(labels), world()).split(128):
+            for batch in torch.arange(rank(), len(labels), world()).split(64):
                 with precision(suite.device, suite.precision):
                     features = tower(suite.images(images[batch]))
                 right += (suite.logits(task)(features).argmax(-1) == labels[batch].to(suite.device)).sum()
@@ -421,6 +219,10 @@ def evaluate(suite: Suite, model: nn.Module | dict[str, nn.Module], test: dict |
     if not isinstance(model, dict) and model is suite.pretrained:
         model.cpu()
     return accuracy
+
+
+def mean(values: dict[str, float]) -> float:
+    return sum(values.values()) / len(values)
 
 
 def run_method(suite: Suite, name: str, key: str, cache: Path) -> dict:
@@ -453,7 +255,7 @@ def run_method(suite: Suite, name: str, key: str, cache: Path) -> dict:
     return result
 
 
-CODE = ("wemoe.py", "reproduce.py")
+CODE = ("wemoe.py", "reproduce.py", "data/suite.py")
 
 
 def check_claims(suite: Suite, methods: dict[str, dict]) -> list[dict]:
@@ -535,7 +337,10 @@ def run(arguments: argparse.Namespace) -> bool:
     (output / "cache").mkdir(parents=True, exist_ok=True)
     suite = SUITES[arguments.suite][0](arguments)
     key = suite.key
-    methods = {name: run_method(suite, name, key, output / "cache") for name in arguments.methods}
+    names = arguments.methods[::-1]  # the long ones first
+    calls = [(name, key, output / "cache") for name in names]
+    done = dict(zip(names, each(suite, run_method, calls, arguments.workers)))
+    methods = {name: done[name] for name in arguments.methods}
     results = {
         "suite": suite.name,
         "seed": suite.seed,
@@ -653,7 +458,7 @@ def draw_adaptation(plt, curves: dict[str, dict], methods: dict[str, dict], auth
             authors["steps"], authors["average"], "k^--", label="WEMoE, the authors' (all test images)", markersize=4
         )
     left.set(xlabel="adaptation step", ylabel="mean entropy (nats)", ylim=(0, None), title="What is minimised")
-    right.set(xlabel="adaptation step", ylabel="accuracy (%)", title="What is gained (60 test images of each task)")
+    right.set(xlabel="adaptation step", ylabel="accuracy (%)", title="What is gained (40 test images of each task)")
     right.legend()
     return figure
 
@@ -676,67 +481,8 @@ def draw_routing(plt, tasks: list[str], routing: dict[str, list[list[float]]]):
 
 
 # ------------------------------------------------------------------------------------------
-# Small things
+# The command line
 # ------------------------------------------------------------------------------------------
-
-
-def mean(values: dict[str, float]) -> float:
-    return sum(values.values()) / len(values)
-
-
-def fingerprint(*parts: object) -> str:
-    """A short name for everything that a cached file depends on: bytes, arrays, and whatever has a telling repr."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(repr(part).encode() if not hasattr(part, "__array__") and not isinstance(part, bytes) else part)
-        digest.update(b"\0")
-    return digest.hexdigest()[:16]
-
-
-def derive_seed(*parts: object) -> int:
-    """A seed of its own for every use and task, so that none depends on what ran before it."""
-    return int(fingerprint(*parts), 16) % 2**31
-
-
-def write(file: Path, save: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all; several processes may write the same one."""
-    aside = file.with_name(f"{file.name}.{os.getpid()}.part")
-    save(aside)
-    aside.replace(file)
-
-
-def precision(device: torch.device, name: str):
-    return torch.autocast(device.type, getattr(torch, name), enabled=name != "float32")
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def barrier() -> None:
-    if world() > 1:
-        dist.barrier()
-
-
-def average_over_processes(value: float) -> float:
-    if world() == 1:
-        return value
-    total = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(total)
-    return total.item() / world()
-
-
-def say(text: str) -> None:
-    if rank() == 0:
-        print(text, flush=True)
-
-
-def progress(items, description: str, **options) -> tqdm:
-    return tqdm(items, description, disable=rank() > 0, **options)
 
 
 class Parser(argparse.ArgumentParser):
@@ -754,11 +500,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("suite", nargs="?", default="miniature", choices=SUITES, help="default: %(default)s")
     add("--tasks", nargs="+", metavar="TASK", help="only these tasks (default: all eight)")
     add("--methods", nargs="+", metavar="METHOD", help=f"only these of {', '.join(METHODS)}")
-    add("--steps", type=int, help="adaptation steps (default: 200 in the miniature, 1000 in the paper)")
+    add("--steps", type=int, help="adaptation steps (default: 160 in the miniature, 1000 in the paper)")
     add("--seed", type=int, default=0, help="of fine-tuning and adaptation (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     add("--precision", choices=PRECISIONS, help="of evaluation (default: bfloat16 for CLIP on a GPU, else float32)")
     add("--adapt-precision", choices=PRECISIONS, help="of adaptation (default: float32)")
+    add("--workers", type=int, help="processes with one thread each (default: 2 in the miniature on a CPU, else 1)")
     add("--output", type=Path, default=Path("results"), help="a folder (default: %(default)s)")
     paper = parser.add_argument_group("for the paper's suites")
     add = paper.add_argument
@@ -772,7 +519,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parsed = parser.parse_args(arguments)
     parsed.tasks = choose("task", parsed.tasks, SUITES[parsed.suite][1])
     parsed.methods = choose("method", parsed.methods, list(METHODS))
-    for option, least in (("steps", 1), ("seed", 0), ("limit", 1)):
+    for option, least in (("steps", 1), ("seed", 0), ("limit", 1), ("workers", 1)):
         value = getattr(parsed, option)
         if value is not None and not least <= value < 2**31:
             raise InputError(f"--{option} {value}: a number from {least} to {2**31 - 1} is needed")
@@ -785,6 +532,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if parsed.finetune and parsed.experts:
         raise InputError("--finetune makes the experts, --experts reads them: choose one")
     parsed.device = choose_device(parsed.device)
+    on_cores = parsed.suite == "miniature" and parsed.device == "cpu" and world() == 1
+    if (parsed.workers or 1) > 1 and not on_cores:
+        raise InputError("--workers is for the miniature on a CPU; on several GPUs use torchrun")
+    if on_cores:
+        torch.set_num_threads(1)  # always, so that the number of workers does not change results
+    parsed.workers = parsed.workers or (min(2, os.cpu_count() or 1) if on_cores else 1)
     parsed.name = parsed.suite if not parsed.arch else f"{parsed.arch}-{parsed.pretrained}"
     variants = {"experts": parsed.experts, "finetune": parsed.finetune, f"first{parsed.limit}": parsed.limit}
     parsed.folder = parsed.output / "-".join([parsed.name, *(name for name, on in variants.items() if on)])

@@ -38,7 +38,7 @@ from torch.func import functional_call
 
 import reproduce
 import wemoe
-from data import clip, miniature
+from data import authors, clip, miniature, suite
 from wemoe import Router, WEMoE, adapt, entropy, routing_weights, task_arithmetic, task_vector, upscale
 
 ATOL = 2e-5
@@ -419,7 +419,7 @@ def test_gpu_gives_what_the_cpu_gives(module_and_input):
 
 def test_the_wrapped_module_stays_in_reach_but_not_its_tensors(module_and_input):
     module, _ = module_and_input
-    assert isinstance(module.get_submodule("pretrained.0"), nn.Linear) and len(list(module.children())) == 3
+    assert module.get_submodule("pretrained.0") is module.pretrained[0]
     linear = WEMoE(nn.Linear(4, 4), [nn.Linear(4, 4)], Router(4, 1))
     assert linear.in_features == 4
     for name, message in (("weight", "'weight' differs between samples"), ("nothing", "no attribute 'nothing'")):
@@ -891,7 +891,7 @@ def test_the_shipped_checkpoint_is_a_small_half_precision_clip():
 
 def test_pretraining_writes_a_checkpoint_that_can_be_read_again(tmp_path, monkeypatch):
     file = tmp_path / "clip.safetensors"
-    arguments = ["miniature.py", "--steps", "2", "--text-steps", "2", "--per-class", "1", "--output", str(file)]
+    arguments = ["data.miniature", "--steps", "2", "--text-steps", "2", "--per-class", "1", "--output", str(file)]
     states = []
     for _ in range(2):
         monkeypatch.setattr(sys, "argv", arguments)
@@ -1268,7 +1268,7 @@ def test_authors_experts(tmp_path, save):
     with pytest.raises((AttributeError, ModuleNotFoundError)):  # the complaint under every repository of this family
         torch.load(folder / "zeroshot.pt", weights_only=False)
     before = set(sys.modules)
-    found = clip.load_authors_experts(TINY, tmp_path, ["MNIST", "SVHN"])
+    found = authors.load_authors_experts(TINY, tmp_path, ["MNIST", "SVHN"])
     assert not any(name.split(".")[0] == "src" for name in set(sys.modules) - before)
     assert not found.visual.training and isinstance(found.visual, open_clip.transformer.VisionTransformer)
     for tower, source in ((found.visual.state_dict(), pretrained), (found.experts["MNIST"], finetuned)):
@@ -1285,17 +1285,17 @@ def test_authors_files_refused(tmp_path, save, model):
     shapes = {name: value.shape for name, value in model.visual.state_dict().items()}
     path = tmp_path / "finetuned.pt"
     with pytest.raises(clip.InputError, match="finetuned.pt is not a module.*No such file"):
-        clip.read_tower(path, shapes)
+        authors.read_tower(path, shapes)
     with OldClasses() as old:
         other = tower_like(5)
         other.visual.ln_post.bias.data[0] = float("nan")
         save(old.encoder(other), path)
         with pytest.raises(clip.InputError, match="finetuned.pt: ln_post.bias has values that are not finite"):
-            clip.read_tower(path, shapes)
+            authors.read_tower(path, shapes)
         del other.visual.transformer.resblocks[1]
         save(old.encoder(other), path)
         with pytest.raises(clip.InputError, match="finetuned.pt lacks transformer.resblocks.1"):
-            clip.read_tower(path, shapes)
+            authors.read_tower(path, shapes)
         for head, sentence in (
             (old.head(torch.ones(9, 48)), r"weight has the shape \(9, 48\), the architecture needs \(10, 48\)"),
             (old.head(torch.ones(10, 48), bias=1.0), "no bias"),
@@ -1303,10 +1303,10 @@ def test_authors_files_refused(tmp_path, save, model):
         ):
             save(head, path)
             with pytest.raises(clip.InputError, match=sentence):
-                clip.read_head(path, "MNIST", 48)
+                authors.read_head(path, "MNIST", 48)
     save({"a": 1}, path)
     with pytest.raises(clip.InputError, match="model.visual.*holds: nothing"):
-        clip.read_tower(path, shapes)
+        authors.read_tower(path, shapes)
 
 
 def test_truncated_files_are_refused(tmp_path, save):
@@ -1314,14 +1314,14 @@ def test_truncated_files_are_refused(tmp_path, save):
     with OldClasses() as old:
         save(old.head(torch.randn(10, 48)), path)
     whole = path.read_bytes()
-    assert clip.read_head(path, "MNIST", 48).shape == (48, 10)
+    assert authors.read_head(path, "MNIST", 48).shape == (48, 10)
 
     @settings(max_examples=60, deadline=None)
     @given(st.integers(0, len(whole) - 1))
     def check(length):
         path.write_bytes(whole[:length])
         with pytest.raises(clip.InputError, match="head.pt"):
-            clip.read_head(path, "MNIST", 48)
+            authors.read_head(path, "MNIST", 48)
 
     check()
 
@@ -1333,14 +1333,14 @@ def test_malicious_pickles_execute_nothing(tmp_path, save):
     assert marker.exists()  # so the file does work on the unwary
     marker.unlink()
     with pytest.raises(clip.InputError, match="model.visual"):
-        clip.read_tower(path, {})
+        authors.read_tower(path, {})
     visual = tower_like(6).visual
     with OldClasses() as old:  # hidden within a module that is otherwise in order
         encoder = old.encoder(SimpleNamespace(visual=visual, logit_scale=nn.Parameter(torch.zeros(()))))
         encoder.trap = Evil(marker)
         encoder.model.visual.conv1.trap = [Evil(marker), {Evil: Evil(marker)}]
         save(encoder, path)
-    tower = clip.read_tower(path, {n: v.shape for n, v in visual.state_dict().items()})
+    tower = authors.read_tower(path, {n: v.shape for n, v in visual.state_dict().items()})
     assert torch.equal(tower["conv1.weight"], visual.conv1.weight)
     assert not marker.exists()
 
@@ -1367,7 +1367,7 @@ def test_hand_written_pickles_execute_nothing(tmp_path, body, monkeypatch):
     for content in (body, preamble + body + pickle.dumps([])):
         Path("evil.pt").write_bytes(content)
         with pytest.raises(clip.InputError):
-            clip.read_tower(Path("evil.pt"), {})
+            authors.read_tower(Path("evil.pt"), {})
     assert os.listdir(".") == ["evil.pt"] and torch._utils._rebuild_tensor_v2.__defaults__ == original
 
 
@@ -1769,19 +1769,20 @@ def test_a_whole_mirror_end_to_end(tmp_path, model):
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """A function that runs reproduce.py with these arguments, small, and returns exit status and results."""
-    monkeypatch.setattr(reproduce, "Training", lambda: TRAINING)
-    monkeypatch.setattr(reproduce, "TEST_IMAGES", 24)
+    monkeypatch.setattr(suite, "MINIATURE_TRAINING", TRAINING)
+    monkeypatch.setattr(suite, "TEST_IMAGES", 24)
 
     def run(*arguments: str, output: str = "results") -> tuple[int, dict]:
         tasks = [] if "--tasks" in arguments else ["--tasks", "signs", "Digits"]
-        status = reproduce.main([*tasks, "--steps", "2", "--output", str(tmp_path / output), *arguments])
+        defaults = ["--steps", "2", "--workers", "1", "--output", str(tmp_path / output)]
+        status = reproduce.main([*tasks, *defaults, *arguments])
         file = tmp_path / output / "miniature" / "results.json"
         return status, json.loads(file.read_text()) if file.exists() else {}
 
     return run
 
 
-TRAINING = reproduce.Training(images=24, steps=2, batch_size=8)
+TRAINING = suite.Training(images=24, steps=2, batch_size=8)
 
 
 def without_timings(results: dict) -> dict:
@@ -1833,6 +1834,18 @@ def test_interrupted_it_goes_on_and_ends_with_the_same_results(small, monkeypatc
     assert without_timings(results) == without_timings(expected)
     monkeypatch.setattr(wemoe, "adapt", lambda *_: pytest.fail("everything was there already"))
     assert small()[1] == results
+
+
+def test_two_workers_find_what_one_finds(small):
+    runs = [small("--workers", workers, output=workers) for workers in "12"]
+    assert without_timings(runs[0][1]) == without_timings(runs[1][1]) and runs[0][0] == runs[1][0]
+
+
+def test_an_error_in_a_worker_is_reported_like_any_other(small, monkeypatch, capsys):
+    small("--methods", "individual")
+    monkeypatch.setattr(wemoe, "entropy", lambda logits: logits.sum(-1) * math.nan)
+    assert small("--workers", "2", "--methods", "WEMoE", "WEMoE (1-layer)")[0] == 2
+    assert "The entropy of task 'Signs' is nan at step 1 of 2" in capsys.readouterr().err
 
 
 def test_the_seed_decides(small):
@@ -2029,7 +2042,7 @@ def test_experts_of_the_authors(paper, tmp_path):
 
 
 def test_experts_fine_tuned_here(paper, monkeypatch):
-    monkeypatch.setattr(reproduce, "PAPER_TRAINING", TRAINING)
+    monkeypatch.setattr(suite, "PAPER_TRAINING", TRAINING)
     for seed, task in enumerate(("EuroSAT", "SVHN")):
         write_set(paper.hub, task, count=20, seed=50 + seed, split="train")
     status, results = paper("--finetune", "--methods", "individual", folder="ViT-B-32-finetune")

@@ -37,9 +37,7 @@ from torch.utils.checkpoint import checkpoint
 
 StateDict = Mapping[str, Tensor]
 
-# ------------------------------------------------------------------------------------------
-# Task vectors
-# ------------------------------------------------------------------------------------------
+# ---- Task vectors ----------------------------------------------------------------------------------------------------
 
 
 def task_vector(pretrained: nn.Module | StateDict, finetuned: nn.Module | StateDict) -> dict[str, Tensor]:
@@ -108,9 +106,7 @@ def _quote(names: Iterable[str], most: int = 8) -> str:
     return ", ".join(map(repr, sorted(names)[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-# ------------------------------------------------------------------------------------------
-# The router and the Weight-Ensembling Mixture of Experts
-# ------------------------------------------------------------------------------------------
+# ---- The router and the Weight-Ensembling Mixture of Experts ---------------------------------------------------------
 
 
 class Router(nn.Module):
@@ -153,11 +149,8 @@ class WEMoE(nn.Module):
         x (B, ..., D) ──► router ──► λ (B, T) ──► θ_0 + Σ_t λ_bt τ_t, a set of weights for every sample
               └────────────────────────────────────────► pretrained, with those weights ──► its output
 
-    Args:
-        pretrained: any module whose first input is a tensor (B, ..., D). It is copied.
-        finetuned: T modules of the same structure, or their state dicts.
-        router: maps the first input to the routing weights λ (B, T). It alone is trainable.
-
+    `pretrained` is any module whose first input is a tensor (B, ..., D), `finetuned` T modules of the same structure or
+    their state dicts, `router` maps the first input to λ and alone is trainable.
     Attributes: `router`, `pretrained` (θ_0) and `task_vectors` (each parameter's τ stacked along T, by its name).
     Further arguments: tensors whose first axis is B are split among the samples, everything else is shared by them.
     Raises ValueError if the modules differ in structure (naming the entry) or in number from the routing weights.
@@ -316,11 +309,16 @@ class _MergedLinear(torch.autograd.Function):
 
 
 def _merged_tiles(lam: Tensor, theta: Tensor, tau: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """θ_0 + Σ_t λ_bt τ_t of all samples, some output rows at a time: the rows, and their weights (B, rows, D_in)."""
+    """θ_0 + Σ_t λ_bt τ_t of all samples, some output rows at a time: the rows, and their weights (B, rows, D_in).
+
+    The weights of all tiles pass through one piece of memory: fresh memory is slow to come by.
+    """
     count = max(_ROWS, _TILE.get(lam.device.type, _TILE["cuda"]) // (len(lam) * theta.shape[1]))
+    memory = theta.new_empty(len(lam) * theta[:count].numel())
     for start in range(0, len(theta), count):
         rows = slice(start, start + count)
-        w = torch.addmm(theta[rows].flatten(), lam, tau[:, rows].flatten(1))  # (B, T) (T, rows · D_in)
+        w = memory[: len(lam) * theta[rows].numel()].view(len(lam), -1)
+        torch.addmm(theta[rows].flatten(), lam, tau[:, rows].flatten(1), out=w)  # (B, T) (T, rows · D_in)
         yield rows, w.view(len(lam), -1, theta.shape[1])
 
 
@@ -350,9 +348,7 @@ def routing_weights(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             hook.remove()
 
 
-# ------------------------------------------------------------------------------------------
-# Upscaling
-# ------------------------------------------------------------------------------------------
+# ---- Upscaling -------------------------------------------------------------------------------------------------------
 
 # What open_clip, timm, torchvision and Hugging Face call the MLP of a Transformer block.
 _MLP = r"(^|\.)(mlp|DenseReluDense)$"
@@ -368,16 +364,11 @@ def upscale(
 ) -> nn.Module:
     """One model for T tasks: selected modules become WEMoE modules, all else is merged by task arithmetic (Figure 1a).
 
-    Args:
-        pretrained: the model from which the others were fine-tuned. A deep copy of it is upscaled.
-        finetuned: the T fine-tuned models, as a list or as a dict from task name to model.
-        init_lambda: λ of task arithmetic, and the routing weights at the start.
-        router_depth: 0, 1 or 2, see `Router`.
-        modules: which modules to route: None, the MLPs under the names that open_clip, timm, torchvision and Hugging
-            Face transformers give them; a regular expression to be found in a module's name; or a predicate
-            (name, module) -> bool. Where selected modules lie within one another, the outermost is routed.
-
-    Only the routers require gradients. Raises ValueError if no module is selected or if models differ in structure.
+    `init_lambda` is λ of task arithmetic, and the routing weights at the start. `modules` says which modules to route:
+    None, the MLPs under the names that open_clip, timm, torchvision and Hugging Face transformers give them; a regular
+    expression to be found in a module's name; or a predicate. Of modules within one another, the outermost is routed.
+    The given models are not modified. In the result, only the routers require gradients.
+    Raises ValueError if no module is selected or if the models differ in structure.
     """
     models = list(finetuned.values()) if isinstance(finetuned, Mapping) else list(finetuned)
     if not models:
@@ -426,9 +417,7 @@ def _hidden_size(name: str, module: nn.Module) -> int:
     return shape[-1]
 
 
-# ------------------------------------------------------------------------------------------
-# Test-time adaptation
-# ------------------------------------------------------------------------------------------
+# ---- Test-time adaptation --------------------------------------------------------------------------------------------
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -459,8 +448,7 @@ def adapt(
         loaders: task -> iterable of unlabelled input batches, started again when exhausted.
         heads: task -> callable from the model's output to logits (B, C).
         steps, lr: number of steps and first learning rate (the paper's are 1000 and 1e-4, at 16 images of every task).
-        optimizer, start: of an interrupted adaptation, to go on with it: its optimizer instead of a new Adam, and the
-            number of steps done, after which `loaders` continue.
+        optimizer, start: to go on with an interrupted adaptation: its optimizer, and the number of steps done.
         on_step: called after each step with its number, from 1, and the mean entropy of every task.
 
     Returns the mean entropy over all tasks, in nats, at each step before its update.
