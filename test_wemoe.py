@@ -711,6 +711,13 @@ def test_adapt_lowers_the_entropy_and_touches_only_routers():
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
 
 
+def test_adapt_names_the_task_whose_batches_are_not_inputs_alone():
+    model, loaders, heads = small_problem()
+    labelled = [(x, torch.zeros(len(x))) for x in loaders["b"]]
+    with pytest.raises(ValueError, match="The loader of task 'b' yields <class 'tuple'>"):
+        adapt(model, {**loaders, "b": labelled}, heads, steps=1)
+
+
 def test_adapt_is_adam_on_the_sum_over_tasks_with_cosine_annealing():
     model, loaders, heads = small_problem()
     other = copy.deepcopy(model)
@@ -1863,10 +1870,12 @@ def test_the_seed_decides(small):
         (["--steps", "0"], "--steps 0: a number from 1 to"),
         (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
         (["--seed", "-1"], "--seed -1: a number from 0 to"),
+        (["--workers", "0"], "--workers 0: a number from 1 to"),
+        (["ViT-B-32", "--workers", "2"], "--workers is for the miniature on a CPU; on several GPUs use torchrun"),
         (["--device", "tpu9"], "--device tpu9: not usable here"),
         (["ViT-Z"], "invalid choice: 'ViT-Z'"),
         (["--bogus"], "unrecognized arguments: --bogus"),
-        (["--output", __file__], "Not a directory"),
+        (["--output", __file__], "is a file, a folder is needed"),
     ],
 )
 def test_bad_arguments_are_refused_in_one_line(arguments, message, capsys):

@@ -15,7 +15,8 @@ the predictions:
 
 Read on from here: task vectors, the router and the WEMoE module, upscaling, adaptation. The file needs nothing but
 torch (2.4 or later); copy it. When *not* to use it: if the task of every input is known, load that task's own model;
-if the models were not fine-tuned from one checkpoint, a linear combination of their weights means nothing.
+if the models were not fine-tuned from one checkpoint, a linear combination of their weights means nothing; and since
+routers average over all tokens, later ones and padding too, a routed decoder is no longer causal.
 
 Shapes: B samples, T tasks, D hidden size, `...` any token or spatial axes.
 """
@@ -41,9 +42,9 @@ StateDict = Mapping[str, Tensor]
 
 
 def task_vector(pretrained: nn.Module | StateDict, finetuned: nn.Module | StateDict) -> dict[str, Tensor]:
-    """τ = θ_t - θ_0 by parameter name, in the dtype and on the device of θ_0 (Ilharco et al., arXiv 2212.04089).
+    """τ = θ_t - θ_0 by name, in the dtype and on the device of θ_0 (Ilharco et al., arXiv 2212.04089).
 
-    Takes modules or state dicts; integer and boolean entries (counters, position ids) are skipped.
+    Of parameters and floating-point buffers, out of modules or state dicts; integer and boolean entries are skipped.
     Raises ValueError, naming the entry, if keys or shapes differ or if a value is NaN or infinite.
     """
     theta_0, theta_t = _floating_entries(pretrained), _floating_entries(finetuned)
@@ -68,18 +69,17 @@ def task_arithmetic(
     better and returned in the dtype of θ_0; entries that task vectors skip are copied. The inputs are not modified.
     Raises ValueError if there is not one λ per task, or if keys or shapes of a task vector are not those of θ_0.
     """
-    if isinstance(scaling, (int, float)):
-        scalings = itertools.repeat(scaling)
-    else:
-        scalings, task_vectors = scaling, list(task_vectors)
-        if len(scaling) != len(task_vectors):
-            raise ValueError(f"Got {len(scaling)} scaling factors for {len(task_vectors)} task vectors.")
+    scalings = torch.as_tensor(scaling, dtype=torch.float64).tolist()
+    if isinstance(scalings, float):
+        scalings = itertools.repeat(scalings)
+    elif len(scalings) != len(task_vectors := list(task_vectors)):
+        raise ValueError(f"Got {len(scalings)} scaling factors for {len(task_vectors)} task vectors.")
     theta_0 = _floating_entries(pretrained)
     merged = {n: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for n, p in theta_0.items()}
     for tau, lam in zip(task_vectors, scalings):
         _check_structure(merged, tau, "a task vector")
         for name, total in merged.items():
-            total.add_(tau[name].detach().to(total), alpha=float(lam))
+            total.add_(tau[name].detach().to(total), alpha=lam)
     everything = pretrained.state_dict() if isinstance(pretrained, nn.Module) else pretrained
     return {name: (merged[name].to(p.dtype) if name in merged else p.clone()) for name, p in everything.items()}
 
@@ -114,8 +114,8 @@ class Router(nn.Module):
 
     depth 0: b;  depth 1: W h + b;  depth 2: W2 relu(W1 h + b1) + b2 with W1 of shape (D, D). The output is linear,
     neither a softmax nor clipped. Weights start as normal(0, 0.01) and the output bias as `init_lambda`: routing starts
-    from task arithmetic. `parameters()` yields W1, b1, W2, b2 in this order (depth 1: W, b; depth 0: b).
-    Raises ValueError for another depth, and for inputs that are not (B, ..., D).
+    near task arithmetic. `parameters()` yields W1, b1, W2, b2 in this order (depth 1: W, b; depth 0: b).
+    Raises ValueError for another depth and, unless it is 0, for inputs that are not (B, ..., D).
     """
 
     def __init__(self, hidden_size: int, num_tasks: int, depth: int = 2, init_lambda: float = 0.3):
@@ -233,7 +233,8 @@ def _belongs_to_samples(tensor: object, x: Tensor) -> bool:
 class _MergedParameters(TorchFunctionMode):
     """While active, in every torch function a parameter θ_0 of `module` stands for θ_0 + Σ_t λ_t τ_t.
 
-    This is how any module, whatever its forward does, runs with merged weights. λ is (T,); under `torch.vmap`, where
+    So any module, whatever its forward does, runs with merged weights (which `functional_call` would want to be formed
+    beforehand, as a whole, whether they are vectors or large matrices). λ is (T,); under `torch.vmap`, where
     every sample has its own (`batched`), a matrix in F.linear is never formed as a whole: see _MergedLinear.
     """
 
@@ -364,8 +365,8 @@ def upscale(
 ) -> nn.Module:
     """One model for T tasks: selected modules become WEMoE modules, all else is merged by task arithmetic (Figure 1a).
 
-    `init_lambda` is λ of task arithmetic, and the routing weights at the start. `modules` says which modules to route:
-    None, the MLPs under the names that open_clip, timm, torchvision and Hugging Face transformers give them; a regular
+    `init_lambda` is λ of task arithmetic, and where routing weights start. `modules` says which modules to route: None,
+    the MLPs under the names that open_clip, timm, torchvision and Hugging Face transformers give them; a regular
     expression to be found in a module's name; or a predicate. Of modules within one another, the outermost is routed.
     The given models are not modified. In the result, only the routers require gradients.
     Raises ValueError if no module is selected or if the models differ in structure.
@@ -446,7 +447,7 @@ def adapt(
     Args:
         model: an upscaled model, or one in DistributedDataParallel. What requires gradients in it is trained.
         loaders: task -> iterable of unlabelled input batches, started again when exhausted.
-        heads: task -> callable from the model's output to logits (B, C).
+        heads: task -> callable from the model's output to logits (B, C), best frozen: they are not trained.
         steps, lr: number of steps and first learning rate (the paper's are 1000 and 1e-4, at 16 images of every task).
         optimizer, start: to go on with an interrupted adaptation: its optimizer, and the number of steps done.
         on_step: called after each step with its number, from 1, and the mean entropy of every task.
@@ -496,6 +497,8 @@ def _endless(task: str, loader: Iterable[Tensor]) -> Iterator[Tensor]:
     for epoch in itertools.count(1):
         batch = None
         for batch in loader:
+            if not isinstance(batch, Tensor):
+                raise ValueError(f"The loader of task {task!r} yields {type(batch)}; tensors of inputs are needed.")
             yield batch
         if batch is None:
             again = "" if epoch == 1 else " when started again; pass a list or a DataLoader, not an iterator"
