@@ -49,6 +49,7 @@ from data.suite import (
 )
 
 HERE = Path(__file__).parent
+CURVE_IMAGES = 40  # of each task, on which the accuracy is measured during adaptation
 
 
 # ------------------------------------------------------------------------------------------
@@ -118,7 +119,7 @@ def adapt(suite: Suite, model: nn.Module, name: str, folder: Path) -> dict[str, 
     Routers, optimiser and curve are kept in `folder` ten times on the way, and an adaptation goes on from there.
     """
     settings, file = suite.adaptation, folder / "adaptation.pt"
-    part = {task: (images[:40], labels[:40]) for task, (images, labels) in suite.test.items()}
+    part = {task: (images[:CURVE_IMAGES], labels[:CURVE_IMAGES]) for task, (images, labels) in suite.test.items()}
     routers = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.Adam(routers.values())
     curve = {"steps": [0], "accuracy": [mean(evaluate(suite, model, part))], "entropy": []}
@@ -321,7 +322,7 @@ def check_miniature(methods: dict[str, dict]) -> list[dict]:
         entropy = [sum(part) / tenth for part in (curve["entropy"][:tenth], curve["entropy"][-tenth:])]
         accuracy = [curve["accuracy"][0], curve["accuracy"][-1]]
         claims.append({
-            "claim": "As the entropy falls, accuracy rises (on 40 test images of each task)",
+            "claim": f"As the entropy falls, accuracy rises (on {CURVE_IMAGES} test images of each task)",
             "holds": entropy[1] < entropy[0] and accuracy[1] > accuracy[0],
             "detail": "entropy {:.2f} → {:.2f} nats, accuracy {:.1f} → {:.1f}".format(*entropy, *accuracy),
         })  # fmt: skip
@@ -334,7 +335,7 @@ STATIC = ("Weight Averaging", "Task Arithmetic")
 def run(arguments: argparse.Namespace) -> bool:
     """The whole experiment. Returns whether every claim holds."""
     output = arguments.folder
-    if not arguments.output.is_dir() and arguments.output.exists():
+    if arguments.output.is_file():
         raise InputError(f"--output {arguments.output}: is a file, a folder is needed")
     (output / "cache").mkdir(parents=True, exist_ok=True)
     suite = SUITES[arguments.suite][0](arguments)
@@ -461,7 +462,8 @@ def draw_adaptation(plt, curves: dict[str, dict], methods: dict[str, dict], auth
             authors["steps"], authors["average"], "k^--", label="WEMoE, the authors' (all test images)", markersize=4
         )
     left.set(xlabel="adaptation step", ylabel="mean entropy (nats)", ylim=(0, None), title="What is minimised")
-    right.set(xlabel="adaptation step", ylabel="accuracy (%)", title="What is gained (40 test images of each task)")
+    title = f"What is gained ({CURVE_IMAGES} test images of each task)"
+    right.set(xlabel="adaptation step", ylabel="accuracy (%)", title=title)
     right.legend()
     return figure
 

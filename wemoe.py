@@ -44,7 +44,8 @@ StateDict = Mapping[str, Tensor]
 def task_vector(pretrained: nn.Module | StateDict, finetuned: nn.Module | StateDict) -> dict[str, Tensor]:
     """τ = θ_t - θ_0 by name, in the dtype and on the device of θ_0 (Ilharco et al., arXiv 2212.04089).
 
-    Of parameters and floating-point buffers, out of modules or state dicts; integer and boolean entries are skipped.
+    Takes modules or state dicts. τ has an entry for each parameter and floating-point buffer; integers and booleans
+    (counters, position ids) are skipped.
     Raises ValueError, naming the entry, if keys or shapes differ or if a value is NaN or infinite.
     """
     theta_0, theta_t = _floating_entries(pretrained), _floating_entries(finetuned)
@@ -69,7 +70,7 @@ def task_arithmetic(
     better and returned in the dtype of θ_0; entries that task vectors skip are copied. The inputs are not modified.
     Raises ValueError if there is not one λ per task, or if keys or shapes of a task vector are not those of θ_0.
     """
-    scalings = torch.as_tensor(scaling, dtype=torch.float64).tolist()
+    scalings = torch.as_tensor(scaling, dtype=torch.float64).tolist()  # a number, or a list of numbers
     if isinstance(scalings, float):
         scalings = itertools.repeat(scalings)
     elif len(scalings) != len(task_vectors := list(task_vectors)):
@@ -167,6 +168,7 @@ class WEMoE(nn.Module):
         stacked = {name: torch.stack([tau[name] for tau in taus]) for name in taus[0]}  # each (T, *shape of θ_0)
         # A module registers no parameter under a name with a dot.
         self.stacked = nn.ParameterDict({n.replace(".", "/"): nn.Parameter(tau, False) for n, tau in stacked.items()})
+        # Whether all parameters but vectors are the matrices of nn.Linear, which _MergedLinear never merges as a whole.
         linear = {f"{n}.weight".lstrip(".") for n, module in pretrained.named_modules() if type(module) is nn.Linear}
         self.only_linear = all(name in linear or tau.dim() <= 2 for name, tau in stacked.items())
 
@@ -181,11 +183,11 @@ class WEMoE(nn.Module):
         lam = self.router(x)
         if lam.shape != (len(x), len(next(iter(self.stacked.values())))):
             raise ValueError(f"The router gave weights of shape {tuple(lam.shape)} for an input {tuple(x.shape)}.")
-        if lam.stride(0) == 0 or len(lam) == 1:  # one set of weights for all samples
+        if lam.stride(0) == 0 or len(lam) == 1:  # one set of weights for all samples, as with a router of depth 0
             with _MergedParameters(self.pretrained, self.task_vectors, lam[0]):
                 return self.pretrained(*args, **kwargs)
-        # Merged weights are not kept for the backward pass. _MergedLinear sees to that; others are merged once more,
-        # but before torch 2.6, where vmap does not run in a checkpoint, they are kept.
+        # For the backward pass, merged weights are not kept but merged again. _MergedLinear sees to that itself, other
+        # modules run once more, in a checkpoint. (Before torch 2.6, vmap does not run in one: there they are kept.)
         if torch.is_grad_enabled() and not self.only_linear and torch.__version__ >= (2, 6):
             return checkpoint(self._run_each, lam, x, args, kwargs, use_reentrant=False)
         return self._run_each(lam, x, args, kwargs)
@@ -194,7 +196,7 @@ class WEMoE(nn.Module):
         """Each sample is a batch of one with weights of its own; `torch.vmap` runs all of them at once."""
         split = tree_map(lambda leaf: 0 if _belongs_to_samples(leaf, x) else None, (args, kwargs))
         inputs = tree_map(lambda leaf: leaf.unsqueeze(1) if _belongs_to_samples(leaf, x) else leaf, (args, kwargs))
-        outputs = []
+        outputs = []  # of one sample, put aside here: vmap lets through nothing but tensors
 
         def run_one(lam: Tensor, inputs: tuple) -> list[Tensor]:  # (T,), (1, ..., D)
             # The other implementations of attention would go through the samples one by one under vmap.
@@ -203,8 +205,8 @@ class WEMoE(nn.Module):
             return [leaf for leaf in outputs[0] if isinstance(leaf, Tensor)]
 
         tensors = iter(torch.vmap(run_one, in_dims=(0, split), randomness="different")(lam, inputs))
-        leaves, structure = outputs  # of one sample; tensors: those of all samples, (B, 1, ..., D)
-        leaves = [next(tensors).flatten(0, 1) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        leaves, structure = outputs
+        leaves = [next(tensors).flatten(0, 1) if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # (B, 1, ...)
         return tree_unflatten(leaves, structure)
 
     def __getattr__(self, name: str):
@@ -230,18 +232,22 @@ def _belongs_to_samples(tensor: object, x: Tensor) -> bool:
     return True
 
 
+# What code asks of a parameter without needing its numbers: the merged one would give the same answer.
+_METADATA = {getattr(Tensor, name).__get__ for name in ("device", "dtype", "is_cuda", "ndim", "shape")}
+
+
 class _MergedParameters(TorchFunctionMode):
     """While active, in every torch function a parameter θ_0 of `module` stands for θ_0 + Σ_t λ_t τ_t.
 
-    So any module, whatever its forward does, runs with merged weights (which `functional_call` would want to be formed
-    beforehand, as a whole, whether they are vectors or large matrices). λ is (T,); under `torch.vmap`, where
-    every sample has its own (`batched`), a matrix in F.linear is never formed as a whole: see _MergedLinear.
+    So any module, whatever its forward does, runs with merged weights. Unlike `torch.func.functional_call`, this merges
+    a parameter only where it is used, and so can treat the large ones in another way: under `torch.vmap`, where λ (T,)
+    is that of one sample among many (`batched`), F.linear never sees a merged matrix. _MergedLinear takes its place.
     """
 
     def __init__(self, module: nn.Module, task_vectors: StateDict, lam: Tensor, batched: bool = False):
         super().__init__()
         self.lam, self.batched = lam, batched
-        self.tau = {id(p): task_vectors[name] for name, p in _floating_entries(module).items()}
+        self.tau = {id(p): task_vectors[name] for name, p in _floating_entries(module).items()}  # (T, *shape of p)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -265,9 +271,6 @@ class _MergedParameters(TorchFunctionMode):
         with torch.autocast(device, enabled=False):
             y = _MergedLinear.apply(x, self.lam.to(weight.dtype), weight, self.tau[id(weight)])
         return y if bias is None else y + self._merge(bias).to(y.dtype)
-
-
-_METADATA = {getattr(Tensor, name).__get__ for name in ("device", "dtype", "is_cuda", "ndim", "shape")}
 
 
 class _MergedLinear(torch.autograd.Function):
@@ -303,16 +306,21 @@ class _MergedLinear(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, x: Tensor, lam: Tensor, theta: Tensor, tau: Tensor):
-        """Under torch.vmap, x (..., D_in) and λ (T,) of one sample arrive as those of all, which `forward` takes."""
+        """What torch.vmap calls instead of running sample by sample: all x (B, ..., D_in) and λ (B, T), in one go."""
         x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
         y = _MergedLinear.apply(x.reshape(len(x), -1, x.shape[-1]), lam.movedim(in_dims[1], 0), theta, tau)
         return y.view(*x.shape[:-1], len(theta)), 0
 
 
+# The size of a tile, in elements: what stays in a CPU's cache, or 256 MiB in float32 on a GPU; but so many rows at
+# least, for matrix products to be worth their while.
+_TILE, _ROWS = {"cpu": 2**19, "cuda": 2**26}, 64
+
+
 def _merged_tiles(lam: Tensor, theta: Tensor, tau: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """θ_0 + Σ_t λ_bt τ_t of all samples, some output rows at a time: the rows, and their weights (B, rows, D_in).
 
-    The weights of all tiles pass through one piece of memory: fresh memory is slow to come by.
+    Every tile overwrites the one before: fresh memory is slow to come by.
     """
     count = max(_ROWS, _TILE.get(lam.device.type, _TILE["cuda"]) // (len(lam) * theta.shape[1]))
     memory = theta.new_empty(len(lam) * theta[:count].numel())
@@ -321,11 +329,6 @@ def _merged_tiles(lam: Tensor, theta: Tensor, tau: Tensor) -> Iterator[tuple[sli
         w = memory[: len(lam) * theta[rows].numel()].view(len(lam), -1)
         torch.addmm(theta[rows].flatten(), lam, tau[:, rows].flatten(1), out=w)  # (B, T) (T, rows · D_in)
         yield rows, w.view(len(lam), -1, theta.shape[1])
-
-
-# Merged weights that exist at a time, in elements: what stays in a CPU's cache, or 256 MiB in float32 on a GPU; but so
-# many rows at least, for matrix products to be worth their while.
-_TILE, _ROWS = {"cpu": 2**19, "cuda": 2**26}, 64
 
 
 @contextmanager
@@ -365,10 +368,11 @@ def upscale(
 ) -> nn.Module:
     """One model for T tasks: selected modules become WEMoE modules, all else is merged by task arithmetic (Figure 1a).
 
-    `init_lambda` is λ of task arithmetic, and where routing weights start. `modules` says which modules to route: None,
-    the MLPs under the names that open_clip, timm, torchvision and Hugging Face transformers give them; a regular
-    expression to be found in a module's name; or a predicate. Of modules within one another, the outermost is routed.
-    The given models are not modified. In the result, only the routers require gradients.
+    `finetuned` holds the T models, in a list or by task name; neither they nor `pretrained` are modified. `init_lambda`
+    is λ of task arithmetic, and where routing weights start; `router_depth` is that of `Router`. `modules` says which
+    modules to route: None, the MLPs by the names that open_clip, timm, torchvision and Hugging Face transformers give
+    them; a regular expression to be found in a module's name; or a predicate (name, module) -> bool. Of modules within
+    one another, the outermost is routed. In the result, only the routers require gradients.
     Raises ValueError if no module is selected or if the models differ in structure.
     """
     models = list(finetuned.values()) if isinstance(finetuned, Mapping) else list(finetuned)
@@ -382,7 +386,7 @@ def upscale(
         module = pretrained.get_submodule(name)
         if module not in routed:
             router = Router(_hidden_size(name, module) if router_depth else 0, len(models), router_depth, init_lambda)
-            router.to(next(iter(_floating_entries(module).values())))
+            router.to(next(iter(_floating_entries(module).values())))  # its dtype and device
             routed[module] = WEMoE(module, [model.get_submodule(name) for model in models], router)
         if name == "":
             return routed[module].train(pretrained.training)
@@ -449,12 +453,14 @@ def adapt(
         loaders: task -> iterable of unlabelled input batches, started again when exhausted.
         heads: task -> callable from the model's output to logits (B, C), best frozen: they are not trained.
         steps, lr: number of steps and first learning rate (the paper's are 1000 and 1e-4, at 16 images of every task).
-        optimizer, start: to go on with an interrupted adaptation: its optimizer, and the number of steps done.
+        optimizer, start: to go on with an interrupted adaptation: its optimizer, and the number of steps done. The
+            `loaders` are to yield what comes next.
         on_step: called after each step with its number, from 1, and the mean entropy of every task.
 
     Returns the mean entropy over all tasks, in nats, at each step before its update.
-    Raises ValueError if a task has no head or no batch or if nothing is trainable; FloatingPointError, naming task and
-    step and leaving the model as it was before that step, if an entropy is not finite.
+    Raises ValueError if a task has no head or no batch, if a batch is no tensor, if nothing is trainable or if `steps`
+    or `lr` is out of range; FloatingPointError, naming task and step and leaving the model as it was before that step,
+    if an entropy is not finite.
     """
     routers = [p for p in model.parameters() if p.requires_grad]
     if not routers:

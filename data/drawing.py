@@ -12,22 +12,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 Colour = tuple[int, int, int]
-WHITE, BLACK, GREY, RED, GREEN, BLUE = (
-    (240, 240, 240),
-    (25, 25, 25),
-    (125, 125, 125),
-    (200, 35, 40),
-    (60, 140, 60),
-    (40, 90, 200),
-)
-YELLOW, SAND, BROWN, WATER, ROOF, GLASS = (
-    (245, 200, 40),
-    (225, 200, 140),
-    (120, 85, 55),
-    (50, 110, 190),
-    (190, 90, 70),
-    (150, 200, 225),
-)
+WHITE, BLACK, GREY = (240, 240, 240), (25, 25, 25), (125, 125, 125)
+RED, GREEN, BLUE, YELLOW = (200, 35, 40), (60, 140, 60), (40, 90, 200), (245, 200, 40)
+SAND, BROWN, WATER, ROOF, GLASS = (225, 200, 140), (120, 85, 55), (50, 110, 190), (190, 90, 70), (150, 200, 225)
 
 
 class Canvas:

@@ -320,7 +320,7 @@ def pretrain(pool: Tensor, captions: Captions, steps: int, lr: float, seed: int)
 def tune_text(model: open_clip.CLIP, pool: Tensor, captions: Captions, steps: int, seed: int) -> open_clip.CLIP:
     """Lock the vision tower and train a new text tower on it for a short while (LiT, arXiv 2111.07991).
 
-    The vision tower is rounded to half precision, as it is shipped, so that this stage can be repeated on its own.
+    It fits the vision tower and the logit scale as they are shipped, rounded to half precision.
     """
     vision = model.visual.half().float().eval()
     torch.manual_seed(seed)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -86,7 +87,8 @@ class Suite:
         """Names everything that a method's result depends on, but for the method itself."""
         models = [value.numpy() for m in (self.pretrained, *self.experts.values()) for value in m.state_dict().values()]
         heads = [head.cpu().numpy() for head in self.heads.values()]
-        tests = [part[:: 1 + len(part) // 20].contiguous().numpy() for pair in self.test.values() for part in pair]
+        some = [[part[:: 1 + len(part) // 20] for part in pair] for pair in self.test.values()]
+        tests = [p.contiguous().numpy() for images, labels in some for p in (self.normalise(images), labels)]
         sizes = [len(labels) for _, labels in self.test.values()]
         settings = self.name, self.seed, self.device.type, self.precision, self.adaptation, self.tasks, sizes
         return fingerprint(*settings, torch.__version__, *models, *heads, *tests)
@@ -113,10 +115,9 @@ def miniature_suite(arguments: argparse.Namespace) -> Suite:
         normalise=miniature.normalise,
         scalings=tuple(tenth / 10 for tenth in range(11)),
     )
-    training = MINIATURE_TRAINING
-    images = partial(miniature.render, split="train", count=training.images, seed=0)
+    images = partial(miniature.render, split="train", count=MINIATURE_TRAINING.images, seed=0)
     program = b"".join((HERE / file).read_bytes() for file in ("miniature.py", "drawing.py"))
-    make_experts(suite, arguments, training, images, depends_on=program)
+    make_experts(suite, arguments, MINIATURE_TRAINING, images, depends_on=program)
     return suite
 
 
@@ -239,7 +240,7 @@ SUITES.update({name: (paper_suite, list(clip.TASKS)) for name in clip.ARCHITECTU
 
 
 # ------------------------------------------------------------------------------------------
-# Small things
+# Small things: files, seeds, processes, progress
 # ------------------------------------------------------------------------------------------
 
 
@@ -303,7 +304,7 @@ def each(suite: Suite, function: Callable, calls: Iterable[tuple], workers: int)
     start = suite, context.RLock(), context.Value("i", 0)
     with ProcessPoolExecutor(min(workers, len(calls)), context, start_worker, start) as pool:
         try:
-            return list(pool.map(call_in_worker, [function] * len(calls), calls))
+            return list(pool.map(call_in_worker, repeat(function), calls))
         except BaseException:  # an interruption, too, ends the workers at once
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
