@@ -2,12 +2,13 @@
 
     python reproduce.py            the eight tasks in miniature: everything embedded, no download, no GPU needed
     python reproduce.py ViT-B-32   the paper's experiment (also ViT-B-16, ViT-L-14): real CLIP weights and data sets
+    python reproduce.py --experiment robustness     on corrupted images; also generalization, ablation, collapse
     torchrun --nproc-per-node=4 reproduce.py ViT-L-14          the same on four GPUs
 
 A suite is data: tasks, zero-shot heads, test images, a pre-trained vision tower and its fine-tuned experts. A method
-turns the experts into one model, or into one for each task; each is one entry in METHODS. Results go to
-`results/<suite>/`: results.json, table.md and figures. What is finished is kept in `cache/` there, and a run started
-again goes on from it.
+turns the experts into one model, or into one for each task; each is one entry in METHODS. An experiment runs methods
+under several conditions. Results go to `results/<suite>/`: results.json, table.md and figures. What is finished is kept
+in `cache/` there, and a run started again goes on from it.
 """
 
 import argparse
@@ -16,29 +17,35 @@ import json
 import os
 import platform
 import re
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import open_clip
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import wemoe
-from data import clip
+from data import clip, miniature, report
 from data.clip import InputError
+from data.corruptions import CORRUPTIONS
+from data.moments import average_by, fisher_information, gram_matrices, least_squares, weigh_entries
 from data.suite import (
-    OUR_NAMES,
     SUITES,
     Suite,
     average_over_processes,
     barrier,
     derive_seed,
     each,
+    fine_tune,
     fingerprint,
     precision,
     progress,
@@ -50,6 +57,7 @@ from data.suite import (
 
 HERE = Path(__file__).parent
 CURVE_IMAGES = 40  # of each task, on which the accuracy is measured during adaptation
+SAMPLES = 32  # of each task's training images, for the methods that look at some
 
 
 # ------------------------------------------------------------------------------------------
@@ -71,54 +79,263 @@ def individual(suite: Suite, name: str, folder: Path) -> Merged:
     return Merged(suite.experts)
 
 
+def multi_task_learning(suite: Suite, name: str, folder: Path) -> Merged:
+    return Merged(fine_tune(suite, list(suite.experts), name))
+
+
+def ensemble(suite: Suite, name: str, folder: Path) -> Merged:
+    return Merged(Ensemble(suite.experts.values()))
+
+
+class Ensemble(nn.Module):
+    """The mean of the models' normalised features, that is, the mean of their logits."""
+
+    def __init__(self, models: Iterable[nn.Module]):
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(F.normalize(model(x), dim=-1) for model in self.models)
+
+
 def averaged(suite: Suite, name: str, folder: Path) -> Merged:
-    return Merged(merge(suite, 1 / len(suite.tasks)))
+    return Merged(merge(suite, task_vectors(suite), 1 / len(suite.experts)))
 
 
 def task_arithmetic(suite: Suite, name: str, folder: Path) -> Merged:
-    curve = []
-    with progress(suite.scalings, f"{name}: trying λ", unit="λ") as scalings:
-        for scaling in scalings:
-            accuracy = evaluate(suite, merge(suite, scaling))
-            curve.append({"scaling": scaling, "accuracy": accuracy, "average": mean(accuracy)})
-    return Merged(merge(suite, 0.3), {"curve": curve})
+    return with_curve(suite, name, partial(task_vectors, suite))
 
 
-def merge(suite: Suite, scaling: float) -> nn.Module:
-    vectors = (wemoe.task_vector(suite.pretrained, expert) for expert in suite.experts.values())
+def ties(suite: Suite, name: str, folder: Path) -> Merged:
+    tau = wemoe.ties(task_vectors(suite), keep=0.2)
+    return with_curve(suite, name, lambda: [tau], up_to=3)  # a mean over the tasks: λ may be larger than for a sum
+
+
+def task_vectors(suite: Suite) -> Iterator[dict[str, Tensor]]:
+    return (wemoe.task_vector(suite.pretrained, expert) for expert in suite.experts.values())
+
+
+def merge(suite: Suite, vectors: Iterable[dict[str, Tensor]], scaling: float | Sequence[float] = 0.3) -> nn.Module:
+    return with_weights(suite, wemoe.task_arithmetic(suite.pretrained, vectors, scaling))
+
+
+def with_weights(suite: Suite, state: dict[str, Tensor]) -> nn.Module:
     model = copy.deepcopy(suite.pretrained)
-    model.load_state_dict(wemoe.task_arithmetic(suite.pretrained, vectors, scaling))
+    model.load_state_dict({**model.state_dict(), **state})
     return model
 
 
-def mixture(depth: int) -> Callable[[Suite, str, Path], Merged]:
-    """WEMoE with routers of this depth, adapted to the unlabelled test images."""
+def with_curve(suite: Suite, name: str, vectors: Callable[[], Iterable[dict[str, Tensor]]], up_to: int = 1) -> Merged:
+    """The merge at λ = 0.3, with the accuracy at other λ, up to `up_to`, where the suite asks for it."""
+    curve = []
+    with progress(suite.scalings, f"{name}: trying λ", unit="λ") as scalings:
+        for scaling in (round(up_to * scaling, 6) for scaling in scalings):
+            accuracy = evaluate(suite, merge(suite, vectors(), scaling))
+            curve.append({"scaling": scaling, "accuracy": accuracy, "average": mean(accuracy)})
+    return Merged(merge(suite, vectors()), {"curve": curve} if curve else {})
 
-    def method(suite: Suite, name: str, folder: Path) -> Merged:
-        model = wemoe.upscale(suite.pretrained, suite.experts, router_depth=depth).to(suite.device)
-        curve = adapt(suite, model, name, folder)
-        return Merged(model, {"adaptation": curve, "routing": mean_routing_weights(suite, model)})
 
-    return method
+def ada_merging(suite: Suite, name: str, folder: Path, layer_wise: bool = True, keep: float | None = None) -> Merged:
+    vectors = [tau if keep is None else wemoe.trim(tau, keep) for tau in task_vectors(suite)]
+    return learn_lambda(suite, name, folder, vectors, layer_wise)
 
 
-METHODS: dict[str, Callable[[Suite, str, Path], Merged]] = {
-    "Pre-trained": pretrained,
-    "Individual": individual,
-    "Weight Averaging": averaged,
-    "Task Arithmetic": task_arithmetic,
-    "WEMoE (0-layer)": mixture(depth=0),
-    "WEMoE (1-layer)": mixture(depth=1),
-    "WEMoE": mixture(depth=2),
+def learn_lambda(
+    suite: Suite, name: str, folder: Path, vectors: list[dict[str, Tensor]], layer_wise: bool = True
+) -> Merged:
+    settings = suite.adaptation
+    model = wemoe.AdaMerging(suite.pretrained, vectors, layer_wise=layer_wise, init_lambda=settings.init_lambda)
+    curve = adapt(suite, model.to(suite.device), name, folder, settings.steps, settings.lambda_lr)
+    weights = {entry: p.detach() for entry, p in model.merged().items()}
+    return Merged(with_weights(suite, weights), {"adaptation": curve, "learned": model.lam.numel()})
+
+
+def concrete(suite: Suite, name: str, folder: Path, then_lambda: bool = False) -> Merged:
+    """Learn a mask; then, if so wanted, λ for the masked task vectors.
+
+    The paper of the method learns the mask for λ after one step of descent; the step is left out here.
+    """
+    settings = suite.adaptation
+    model = ConcreteMask(suite.pretrained, list(task_vectors(suite))).to(suite.device)
+    what, file = (f"{name}, mask", "mask.pt") if then_lambda else (name, "adaptation.pt")
+    curve = adapt(suite, model, what, folder, settings.mask_steps, settings.mask_lr, file)
+    if not then_lambda:
+        weights = {entry: p.detach() for entry, p in model.merged().items()}
+        learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return Merged(with_weights(suite, weights), {"adaptation": curve, "learned": learned})
+    masks = {entry: mask.detach().cpu() for entry, mask in model.masks().items()}
+    vectors = [{entry: masks[entry] * value for entry, value in tau.items()} for tau in task_vectors(suite)]
+    return learn_lambda(suite, name, folder, vectors)
+
+
+class ConcreteMask(wemoe.AdaMerging):
+    """θ_0 + m / mean(m) ∘ Σ_t λ τ_t: one mask m over the parameters, the mean taken in each tensor, λ constant.
+
+    m = σ((x + ln u/(1-u)) / 0.5) with trainable logits x, 0 at first, and u uniform, drawn anew at every forward
+    pass, is the Concrete relaxation of a binary mask (Tang et al., arXiv 2312.06173); u = 1/2 in evaluation.
+    """
+
+    def __init__(self, pretrained: nn.Module, task_vectors: Sequence[dict[str, Tensor]]):
+        super().__init__(pretrained, task_vectors, layer_wise=False)
+        self.lam.requires_grad_(False)
+        self.x = nn.ParameterList(nn.Parameter(torch.zeros_like(tau[0])) for tau in self.tau)
+
+    def masks(self) -> dict[str, Tensor]:
+        masks = {}
+        for name, x in zip(self.names, self.x):
+            u = torch.rand_like(x).clamp(1e-6, 1 - 1e-6) if torch.is_grad_enabled() else torch.full_like(x, 0.5)
+            mask = torch.sigmoid((x + u.logit()) / 0.5)
+            masks[name] = mask / mask.mean()
+        return masks
+
+    def merged(self) -> dict[str, Tensor]:
+        masks, theta_0 = self.masks(), self.pretrained.state_dict()
+        return {name: theta_0[name] + masks[name] * (theta - theta_0[name]) for name, theta in super().merged().items()}
+
+
+def mixture(suite: Suite, name: str, folder: Path, depth: int = 2, diversity: float = 0.0, **options) -> Merged:
+    """WEMoE with routers of this depth, adapted to the unlabelled test images; further options are those of upscale."""
+    settings = suite.adaptation
+    model = wemoe.upscale(
+        suite.pretrained, suite.experts, router_depth=depth, init_lambda=settings.init_lambda, **options
+    ).to(suite.device)
+    curve = adapt(suite, model, name, folder, settings.steps, settings.lr, diversity=diversity)
+    return Merged(model, {"adaptation": curve, "routing": mean_routing_weights(suite, model)})
+
+
+def twin(suite: Suite, name: str, folder: Path, rank: int = 16) -> Merged:
+    """Twin-Merging (Lu et al., arXiv 2406.15479): what all share, by task arithmetic, plus what is each task's own.
+
+    θ(x) = θ_s + Σ_t λ_t(x) τ_t with τ_t = θ_t - θ_s, its matrices of rank r. λ(x) comes from a classifier of tasks that
+    sees the shared model's features and was trained on some training images, the task being their label.
+    """
+    shared = merge(suite, task_vectors(suite))
+    router = TaskRouter(shared, len(suite.experts))
+    model = wemoe.WEMoE(shared, list(suite.experts.values()), router, rank=rank).to(suite.device)
+    router.tower = model.pretrained  # the same weights, once in memory
+    with torch.no_grad():
+        features = [router.features(suite.images(samples(suite, task)[0])) for task in suite.experts]
+    labels = torch.arange(len(features), device=suite.device).repeat_interleave(SAMPLES)[: sum(map(len, features))]
+    optimizer = torch.optim.Adam(router.classifier.parameters(), lr=1e-2)
+    for _ in range(300):
+        optimizer.zero_grad()
+        F.cross_entropy(router.classifier(torch.cat(features)), labels).backward()
+        optimizer.step()
+    return Merged(model, {"routing": mean_routing_weights(suite, model)})
+
+
+class TaskRouter(nn.Module):
+    """λ(x) = softmax(W f(x) + b), f being a tower's normalised features; the classifier alone is trained."""
+
+    def __init__(self, tower: nn.Module, num_tasks: int):
+        super().__init__()
+        self.tower, self.classifier = tower, nn.LazyLinear(num_tasks)
+
+    def features(self, x: Tensor) -> Tensor:
+        features = F.normalize(self.tower(x).float(), dim=-1)
+        return features * features.shape[-1] ** 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x)).softmax(-1)
+
+
+def fisher_merging(suite: Suite, name: str, folder: Path) -> Merged:
+    fishers = []
+    with progress(suite.experts, f"{name}: Fisher information", unit="expert") as tasks:
+        for task in tasks:
+            expert = suite.experts[task].to(suite.device)
+            fishers.append(fisher_information(expert, suite.images(samples(suite, task)[0]), suite.logits(task)))
+    return Merged(with_weights(suite, average_by(fishers, states(suite), weigh_entries)))
+
+
+def regmean(suite: Suite, name: str, folder: Path) -> Merged:
+    grams = []
+    for task, expert in suite.experts.items():
+        grams.append(gram_matrices(expert.to(suite.device), suite.images(samples(suite, task)[0])))
+    return Merged(with_weights(suite, average_by(grams, states(suite), least_squares)))
+
+
+def emr_merging(suite: Suite, name: str, folder: Path) -> Merged:
+    unified, masks, rescalers = emr(list(task_vectors(suite)))
+    models, bits = {}, sum(mask.numel() for mask in masks[0].values())
+    for task, mask, rescaler in zip(suite.experts, masks, rescalers):
+        models[task] = merge(suite, [{entry: mask[entry] * tau for entry, tau in unified.items()}], rescaler)
+    # What has to be kept: the pre-trained model, one vector, and for every task one bit a parameter and one number.
+    size = 2 * model_bytes(suite.pretrained) + len(models) * (bits // 8 + 4)
+    return Merged(models, {"bytes": size, "total_parameters": 2 * bits + len(models)})
+
+
+def samples(suite: Suite, task: str) -> tuple[Tensor, Tensor]:
+    return suite.load(task, "train", SAMPLES)
+
+
+def states(suite: Suite) -> list[dict[str, Tensor]]:
+    return [expert.cpu().state_dict() for expert in suite.experts.values()]
+
+
+@dataclass(frozen=True)
+class Method:
+    group: str
+    make: Callable[[Suite, str, Path], Merged]
+    needs_training_images: bool = False
+
+
+STATIC, GIVEN, LEARNED, REFERENCE = GROUPS = (
+    "static",
+    "given training images, or the task of every image",
+    "learned without labels",
+    "for reference",
+)
+METHODS = {
+    "Weight Averaging": Method(STATIC, averaged),
+    "Task Arithmetic": Method(STATIC, task_arithmetic),
+    "TIES-Merging": Method(STATIC, ties),
+    "Fisher Merging": Method(GIVEN, fisher_merging, needs_training_images=True),
+    "RegMean": Method(GIVEN, regmean, needs_training_images=True),
+    "Twin-Merging": Method(GIVEN, twin, needs_training_images=True),
+    "EMR-Merging": Method(GIVEN, emr_merging),
+    "AdaMerging (task-wise)": Method(LEARNED, partial(ada_merging, layer_wise=False)),
+    "AdaMerging (layer-wise)": Method(LEARNED, ada_merging),
+    "AdaMerging++ (layer-wise)": Method(LEARNED, partial(ada_merging, keep=0.2)),
+    "Concrete Task Arithmetic": Method(LEARNED, concrete),
+    "Concrete AdaMerging": Method(LEARNED, partial(concrete, then_lambda=True)),
+    "WEMoE (0-layer)": Method(LEARNED, partial(mixture, depth=0)),
+    "WEMoE (1-layer)": Method(LEARNED, partial(mixture, depth=1)),
+    "WEMoE": Method(LEARNED, mixture),
+    "WEMoE (rank 16)": Method(LEARNED, partial(mixture, rank=16)),
+    "E-WEMoE": Method(LEARNED, partial(mixture, keep=0.1, shared_router=True)),
+    "Pre-trained": Method(REFERENCE, pretrained),
+    "Simple Ensemble": Method(REFERENCE, ensemble),
+    "Traditional MTL": Method(REFERENCE, multi_task_learning, needs_training_images=True),
+    "Individual": Method(REFERENCE, individual),
 }
+MAIN = list(METHODS)
+# For other experiments than the main one.
+METHODS.update({f"WEMoE (rank {r})": Method(LEARNED, partial(mixture, rank=r)) for r in (1, 2, 4, 8, 32)})
+METHODS["WEMoE + diversity"] = Method(LEARNED, partial(mixture, diversity=1.0))
 
 
-def adapt(suite: Suite, model: nn.Module, name: str, folder: Path) -> dict[str, list[float]]:
+# ------------------------------------------------------------------------------------------
+# Adaptation
+# ------------------------------------------------------------------------------------------
+
+
+def adapt(
+    suite: Suite,
+    model: nn.Module,
+    name: str,
+    folder: Path,
+    steps: int,
+    lr: float,
+    file: str = "adaptation.pt",
+    diversity: float = 0.0,
+) -> dict[str, list[float]]:
     """Adapt the model in place: entropy (nats) at each step, accuracy (%) on part of the test images now and then.
 
-    Routers, optimiser and curve are kept in `folder` ten times on the way, and an adaptation goes on from there.
+    What is trained, its optimiser and the curve are kept in `folder` ten times on the way, and an adaptation goes on
+    from there.
     """
-    settings, file = suite.adaptation, folder / "adaptation.pt"
+    settings, file = suite.adaptation, folder / file
     part = {task: (images[:CURVE_IMAGES], labels[:CURVE_IMAGES]) for task, (images, labels) in suite.test.items()}
     routers = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.Adam(routers.values())
@@ -130,26 +347,27 @@ def adapt(suite: Suite, model: nn.Module, name: str, folder: Path) -> dict[str, 
         for router, p in routers.items():
             p.data.copy_(kept["routers"][router])
     done = curve["steps"][-1]
-    with progress(None, f"{name}: adapting", total=settings.steps, initial=done, unit="step") as bar:
+    with progress(None, f"{name}: adapting", total=steps, initial=done, unit="step") as bar:
 
         def on_step(step: int, entropies: dict[str, float]) -> None:
             curve["entropy"].append(round(average_over_processes(mean(entropies)), 6))
             bar.update()
-            if step % max(1, settings.steps // 10) == 0 or step == settings.steps:
+            if step % max(1, steps // 10) == 0 or step == steps:
                 curve["steps"].append(step)
                 curve["accuracy"].append(mean(evaluate(suite, model, part)))
                 bar.set_postfix(entropy=f"{curve['entropy'][-1]:.3f}", accuracy=f"{curve['accuracy'][-1]:.1f}")
                 state = {"curve": curve, "optimizer": optimizer.state_dict(), "routers": routers}
                 write(file, lambda path: torch.save(state, path))
 
-        if done < settings.steps:
+        if done < steps:
             with precision(suite.device, settings.precision):
                 wemoe.adapt(
                     DistributedDataParallel(model) if world() > 1 else model,
-                    loaders={task: Unlabelled(suite, task, start=done) for task in suite.tasks},
-                    heads={task: suite.logits(task) for task in suite.tasks},
-                    steps=settings.steps,
-                    lr=settings.lr,
+                    loaders={task: Unlabelled(suite, task, start=done) for task in suite.experts},
+                    heads={task: suite.logits(task) for task in suite.experts},
+                    steps=steps,
+                    lr=lr,
+                    diversity=diversity,
                     optimizer=optimizer,
                     start=done,
                     on_step=on_step,
@@ -164,7 +382,9 @@ class Unlabelled:
     """
 
     def __init__(self, suite: Suite, task: str, start: int = 0):
-        self.suite, self.images, self.start = suite, suite.test[task][0], start
+        images = suite.test[task][0]
+        self.suite, self.start = suite, start
+        self.images = images[: max(1, round(suite.adaptation.share * len(images)))]
         self.generator = torch.Generator().manual_seed(derive_seed(suite.seed, "adaptation", task))
 
     def epoch(self) -> list[Tensor]:
@@ -194,7 +414,35 @@ def mean_routing_weights(suite: Suite, model: nn.Module, count: int = 96) -> dic
 
 
 # ------------------------------------------------------------------------------------------
-# The experiment
+# The mathematics of the methods that are not θ_0 + Σ_t λ_t τ_t
+# ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def emr(task_vectors: Sequence[dict[str, Tensor]]) -> tuple[dict[str, Tensor], list[dict[str, Tensor]], list[float]]:
+    """EMR-Merging's unified vector τ, masks M_t and rescalers λ_t (Huang et al., arXiv 2405.17461):
+
+        γ = sgn(Σ_t τ_t),  τ = γ max_t |τ_t| over the t with sgn(τ_t) = γ,  M_t = (τ_t τ > 0),  λ_t = Σ|τ_t| / Σ|M_t τ|
+
+    entry by entry, but the sums in λ_t are over all entries. The model of task t is θ_0 + λ_t M_t τ.
+    """
+    unified, masks = {}, [{} for _ in task_vectors]
+    for name, entry in task_vectors[0].items():
+        taus = torch.stack([tau[name] for tau in task_vectors]).double()  # (T, ...)
+        sign = taus.sum(0).sign()
+        agree = taus * sign > 0  # that is, τ_t τ > 0
+        unified[name] = (sign * (taus.abs() * agree).amax(0)).to(entry.dtype)
+        for mask, of_task in zip(masks, agree):
+            mask[name] = of_task
+    rescalers = []
+    for tau, mask in zip(task_vectors, masks):
+        kept = sum((mask[name] * entry).abs().sum(dtype=torch.float64) for name, entry in unified.items())
+        rescalers.append(float(sum(v.abs().sum(dtype=torch.float64) for v in tau.values()) / kept) if kept else 0.0)
+    return unified, masks, rescalers
+
+
+# ------------------------------------------------------------------------------------------
+# Running a method
 # ------------------------------------------------------------------------------------------
 
 
@@ -226,9 +474,9 @@ def mean(values: dict[str, float]) -> float:
     return sum(values.values()) / len(values)
 
 
-def run_method(suite: Suite, name: str, key: str, cache: Path) -> dict:
-    """The method's entry in results.json, read from the cache if it is there."""
-    key = fingerprint(key, name, *((HERE / file).read_bytes() for file in CODE))
+def run_method(suite: Suite, name: str, key: str, cache: Path, change: dict) -> dict:
+    """The method's entry in results.json, read from the cache if it is there; `change` is what suite.variant takes."""
+    key = fingerprint(key, name, change, *((HERE / file).read_bytes() for file in CODE))
     folder = cache / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "result.json"
@@ -237,18 +485,21 @@ def run_method(suite: Suite, name: str, key: str, cache: Path) -> dict:
         return json.loads(file.read_text())
     start = time.perf_counter()
     torch.manual_seed(suite.seed)
-    merged = METHODS[name](suite, name, folder)
+    suite = suite.variant(**change)
+    merged = METHODS[name].make(suite, name, folder)
     accuracy = evaluate(suite, merged.model)
     seconds = time.perf_counter() - start
-    models = merged.model.values() if isinstance(merged.model, dict) else [merged.model]
+    models = list(merged.model.values()) if isinstance(merged.model, dict) else [merged.model]
     parameters = [p for model in models for p in model.parameters()]
     result = {
         "name": name,
+        "group": METHODS[name].group,
         "accuracy": {task: round(value, 2) for task, value in accuracy.items()},
         "average": round(mean(accuracy), 2),
         "seconds": round(seconds, 1),
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "total_parameters": sum(p.numel() for p in parameters),
+        "bytes": sum(map(model_bytes, models)),
         **merged.record,
     }
     write(file, lambda path: path.write_text(json.dumps(result)))
@@ -256,7 +507,183 @@ def run_method(suite: Suite, name: str, key: str, cache: Path) -> dict:
     return result
 
 
-CODE = ("wemoe.py", "reproduce.py", "data/suite.py")
+CODE = ("wemoe.py", "reproduce.py", "data/suite.py", "data/corruptions.py")
+
+
+def model_bytes(model: nn.Module) -> int:
+    """What its parameters and buffers take, in memory and on disk; a tensor with two names counts once."""
+    return sum(t.numel() * t.element_size() for t in {*model.parameters(), *model.buffers()})
+
+
+# ------------------------------------------------------------------------------------------
+# The experiments: methods under conditions
+# ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Condition:
+    """`change` is what suite.variant takes; the table has the tasks in the order of `columns`, and their averages."""
+
+    name: str
+    methods: list[str]
+    change: dict = field(default_factory=dict)
+    columns: dict[str, list[str]] = field(default_factory=dict)
+    published: list[dict] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    about: str
+    conditions: Callable[[Suite, list[str]], list[Condition]]  # suite, methods -> conditions
+    methods: list[str]
+    tasks: list[str] | None = None  # of the paper's suites; in the miniature, their counterparts
+    splits: tuple[str, ...] = ()  # of the data sets, besides the test split
+    seeds: int = 1
+
+
+PUBLISHED = json.loads((HERE / "data" / "published.json").read_text(encoding="utf-8"))
+SHIFTED = ["Task Arithmetic", "TIES-Merging", "Fisher Merging", "RegMean", "AdaMerging (layer-wise)", "WEMoE"]
+FOUR_TASKS = PUBLISHED["robustness"]["tasks"]
+
+
+def in_suite(suite: Suite, tasks: list[str]) -> list[str]:
+    """The suite's names of the paper's tasks: in the miniature, those of their counterparts."""
+    names = dict(zip(clip.TASKS, miniature.TASKS))
+    return [task if task in suite.heads else names[task] for task in tasks]
+
+
+def rows_of(suite: Suite, rows: list[dict], tasks: list[str]) -> list[dict]:
+    """Published rows with accuracies by task; none for another suite than they were measured on."""
+    if suite.name != "ViT-B-32":
+        return []
+    cells = [row.get("accuracy") or row["seen"] + row["unseen"] for row in rows]
+    return [dict(row, source="paper", accuracy=dict(zip(tasks, cell))) for row, cell in zip(rows, cells)]
+
+
+def generalization(suite: Suite, methods: list[str]) -> list[Condition]:
+    conditions = []
+    for split in PUBLISHED["generalization"]:
+        seen, unseen = in_suite(suite, split["seen"]), in_suite(suite, split["unseen"])
+        name, columns = f"merged without {' and '.join(unseen)}", {"Seen": seen, "Unseen": unseen}
+        rows = rows_of(suite, split["rows"], seen + unseen)
+        conditions.append(Condition(name, methods, {"experts": tuple(seen)}, columns, rows))
+    return conditions
+
+
+def robustness(suite: Suite, methods: list[str]) -> list[Condition]:
+    return [corrupted(suite, name, methods) for name in ("clean", *CORRUPTIONS)]
+
+
+def collapse(suite: Suite, methods: list[str]) -> list[Condition]:
+    return [corrupted(suite, name, methods) for name in ("clean", "impulse_noise")]
+
+
+def corrupted(suite: Suite, name: str, methods: list[str]) -> Condition:
+    tasks, rows = in_suite(suite, FOUR_TASKS), PUBLISHED["robustness"]["conditions"][name]
+    change = {} if name == "clean" else {"split": name}
+    return Condition(name, methods, change, {"Average": tasks}, rows_of(suite, rows, tasks))
+
+
+def ablation(suite: Suite, methods: list[str]) -> list[Condition]:
+    values = {
+        "lr": [suite.adaptation.lr * factor for factor in (0.25, 0.5, 1, 2)],
+        "steps": [max(1, round(suite.adaptation.steps * factor)) for factor in (0.125, 0.25, 0.5, 1)],
+        "init_lambda": [0.1, 0.2, 0.3, 0.4, 0.5],
+        "share": [0.02, 0.05, 0.1, 0.25, 1.0],
+    }
+    conditions = [Condition("as it is", methods, {}, {"Average": suite.tasks})]
+    for setting, alternatives in values.items():
+        for value in alternatives:
+            if value != getattr(suite.adaptation, setting):
+                name = f"{setting} = {value:g}"
+                conditions.append(Condition(name, ["WEMoE"], {setting: value}, {"Average": suite.tasks}))
+    return conditions
+
+
+def main_experiment(suite: Suite, methods: list[str]) -> list[Condition]:
+    return [Condition("main", methods, {}, {"Average": suite.tasks}, list(suite.published.values()))]
+
+
+DEPTHS = ["WEMoE (0-layer)", "WEMoE (1-layer)", "WEMoE"]
+RANKS = [f"WEMoE (rank {r})" for r in (1, 2, 4, 8, 16, 32)]
+EXPERIMENTS = {
+    "main": Experiment("every method on every task", main_experiment, MAIN),
+    "generalization": Experiment("six tasks merged, eight tested", generalization, ["Pre-trained", *SHIFTED]),
+    "robustness": Experiment(
+        "four tasks merged, tested under seven corruptions",
+        robustness,
+        [*SHIFTED, "WEMoE + diversity"],
+        FOUR_TASKS,
+        tuple(CORRUPTIONS),
+    ),
+    "ablation": Experiment("settings of WEMoE, one at a time", ablation, DEPTHS + RANKS),
+    "collapse": Experiment(
+        "where minimising the entropy goes wrong, and its cure, over five seeds",
+        collapse,
+        ["Task Arithmetic", "WEMoE", "WEMoE + diversity"],
+        FOUR_TASKS,
+        ("impulse_noise",),
+        seeds=5,
+    ),
+}
+
+
+def run(arguments: argparse.Namespace) -> bool:
+    """The whole experiment. Returns whether every claim holds."""
+    output, experiment = arguments.folder, EXPERIMENTS[arguments.experiment]
+    if arguments.output.is_file():
+        raise InputError(f"--output {arguments.output}: is a file, a folder is needed")
+    for folder in (arguments.cached, output):
+        folder.mkdir(parents=True, exist_ok=True)
+    measured: dict[str, dict[str, list[dict]]] = {}  # condition -> method -> an entry for every seed
+    for seed in range(arguments.seed, arguments.seed + experiment.seeds):
+        suite = SUITES[arguments.suite][0](argparse.Namespace(**{**vars(arguments), "seed": seed}))
+        conditions, key = experiment.conditions(suite, arguments.methods), suite.key
+        pairs = [(condition, name) for condition in conditions for name in condition.methods]
+        pairs.sort(key=lambda pair: -list(METHODS).index(pair[1]))  # the long ones first
+        calls = [(name, key, arguments.cached, condition.change) for condition, name in pairs]
+        for (condition, name), entry in zip(pairs, each(suite, run_method, calls, arguments.workers)):
+            measured.setdefault(condition.name, {}).setdefault(name, []).append(entry)
+    measured = {c.name: {name: measured[c.name][name] for name in c.methods} for c in conditions}
+    results = {
+        "suite": suite.name,
+        "experiment": arguments.experiment,
+        "seed": arguments.seed,
+        "device": str(suite.device),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "open_clip": open_clip.__version__,
+        },
+        "settings": {"precision": suite.precision, "adaptation": asdict(suite.adaptation), "limit": arguments.limit},
+        "tasks": suite.tasks,
+    }
+    if arguments.experiment == "main":
+        methods = {name: entries[0] for name, entries in measured["main"].items()}
+        results |= {"methods": list(methods.values()), "published": conditions[0].published}
+        results["claims"] = check_claims(suite, methods)
+        text = report.table(conditions[0].columns, measured["main"], conditions[0].published, details=True)
+    else:
+        results["conditions"] = [dict(asdict(c), methods=measured[c.name]) for c in conditions]
+        results["claims"] = CLAIMS.get(arguments.experiment, lambda *_: [])(conditions, measured)
+        text = report_of(conditions, measured)
+    if rank() == 0:
+        write(output / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
+        write(output / "table.md", lambda path: path.write_text(text))
+        for name, figure in draw(arguments.experiment, suite, conditions, measured).items():
+            write(output / f"{name}.png", partial(report.save, figure))
+    say("\n" + text)
+    if arguments.limit:
+        say(f"Only {arguments.limit} images of every test set: not comparable with published figures.")
+    for claim in results["claims"]:
+        say(f"{'✓' if claim['holds'] else '✗'} {claim['claim']}: {claim['detail']}")
+    say(f"\nResults and figures are in {output}/.")
+    return all(claim["holds"] for claim in results["claims"])
+
+
+# ------------------------------------------------------------------------------------------
+# The claims
+# ------------------------------------------------------------------------------------------
 
 
 def check_claims(suite: Suite, methods: dict[str, dict]) -> list[dict]:
@@ -264,10 +691,13 @@ def check_claims(suite: Suite, methods: dict[str, dict]) -> list[dict]:
 
 
 def check_published(suite: Suite, methods: dict[str, dict]) -> list[dict]:
-    """Our averages against the published ones: within 0.5 points, or 0.8 where something is learned."""
+    """Our averages against the published ones: within 0.5 points, or 0.8 where something is learned.
+
+    Where the published figure depends on a choice that is not known (of training images, of λ, of steps), none is made.
+    """
     claims = []
     for name, row in suite.published.items():
-        if name in methods:
+        if name in methods and name in COMPARABLE:
             ours, theirs = methods[name]["average"], mean({task: row["accuracy"][task] for task in suite.tasks})
             margin = 0.8 if "adaptation" in methods[name] else 0.5
             text = f"{name} is within {margin} points of the published average ({row['source']})"
@@ -279,9 +709,10 @@ def check_published(suite: Suite, methods: dict[str, dict]) -> list[dict]:
 def check_miniature(methods: dict[str, dict]) -> list[dict]:
     """The paper's claims, each on our own numbers; those about methods that were not run are left out."""
     average = {name: method["average"] for name, method in methods.items()}
-    if "Task Arithmetic" in methods:  # the strongest static merge: its best λ, which no label-free method could know
-        best = max(methods["Task Arithmetic"]["curve"], key=lambda point: point["average"])
-        average["Best static"] = max([round(best["average"], 2)] + [average[n] for n in STATIC if n in average])
+    if "Task Arithmetic" in methods:  # the strongest static merge, at its best λ, which no label-free method could know
+        static = [method for method in methods.values() if method["group"] == STATIC]
+        points = [point["average"] for method in static for point in method.get("curve", [method])]
+        average["Best static"] = round(max(points), 2)
     claims = []
 
     def claim(text: str, needs: tuple[str, ...], holds: Callable[..., bool], detail: str = "") -> None:
@@ -329,47 +760,49 @@ def check_miniature(methods: dict[str, dict]) -> list[dict]:
     return claims
 
 
-STATIC = ("Weight Averaging", "Task Arithmetic")
+COMPARABLE = ("Pre-trained", "Individual", "Weight Averaging", "Task Arithmetic", "WEMoE (1-layer)", "WEMoE", "E-WEMoE")
 
 
-def run(arguments: argparse.Namespace) -> bool:
-    """The whole experiment. Returns whether every claim holds."""
-    output = arguments.folder
-    if arguments.output.is_file():
-        raise InputError(f"--output {arguments.output}: is a file, a folder is needed")
-    (output / "cache").mkdir(parents=True, exist_ok=True)
-    suite = SUITES[arguments.suite][0](arguments)
-    key = suite.key
-    names = arguments.methods[::-1]  # the long ones first
-    calls = [(name, key, output / "cache") for name in names]
-    done = dict(zip(names, each(suite, run_method, calls, arguments.workers)))
-    methods = {name: done[name] for name in arguments.methods}
-    results = {
-        "suite": suite.name,
-        "seed": suite.seed,
-        "device": str(suite.device),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "open_clip": open_clip.__version__,
-        },
-        "settings": {"precision": suite.precision, "adaptation": asdict(suite.adaptation), "limit": arguments.limit},
-        "tasks": suite.tasks,
-        "methods": list(methods.values()),
-        "published": list(suite.published.values()),
-        "claims": check_claims(suite, methods),
+def check_generalization(conditions: list[Condition], measured: dict) -> list[dict]:
+    claims = []
+    for condition in conditions:
+        seen = {n: report.averages(e, condition.columns["Seen"])[0] for n, e in measured[condition.name].items()}
+        if len(seen) > 1 and "WEMoE" in seen:
+            best = max(value for name, value in seen.items() if name != "WEMoE")
+            text = f"WEMoE is the best on the tasks that were {condition.name}"
+            detail = f"{seen['WEMoE']:.1f} > {best:.1f}"
+            claims.append({"claim": text, "holds": seen["WEMoE"] > best, "detail": detail})
+    return claims
+
+
+def check_collapse(conditions: list[Condition], measured: dict) -> list[dict]:
+    """Means over seeds: the worst task under noise, and what the cure gives there and costs on clean images."""
+    if not all(set(EXPERIMENTS["collapse"].methods) <= set(measured[c.name]) for c in conditions):
+        return []
+    tasks = conditions[0].columns["Average"]
+    value = {
+        (c.name, name, task): statistics.mean(entry["accuracy"][task] for entry in entries)
+        for c in conditions
+        for name, entries in measured[c.name].items()
+        for task in tasks
     }
-    if rank() == 0:
-        write(output / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
-        write(output / "table.md", lambda path: path.write_text(table(results)))
-        draw_figures(suite, results, output)
-    say("\n" + table(results))
-    if arguments.limit:
-        say(f"Only the first {arguments.limit} images of every test set: not comparable with published figures.")
-    for claim in results["claims"]:
-        say(f"{'✓' if claim['holds'] else '✗'} {claim['claim']}: {claim['detail']}")
-    say(f"\nResults and figures are in {output}/.")
-    return all(claim["holds"] for claim in results["claims"])
+    average = {(c, m): statistics.mean(value[c, m, task] for task in tasks) for c, m, _ in value}
+    noise = conditions[1].name
+    worst = min(tasks, key=lambda task: value[noise, "WEMoE", task] - value[noise, "Task Arithmetic", task])
+    ta, plain, cured = (value[noise, name, worst] for name in EXPERIMENTS["collapse"].methods)
+    gain = average[noise, "WEMoE + diversity"] - average[noise, "WEMoE"]
+    cost = average["clean", "WEMoE"] - average["clean", "WEMoE + diversity"]
+    claims = (
+        (f"Under {noise}, adaptation makes one task ({worst}) worse than task arithmetic leaves it", plain < ta,
+         f"{plain:.1f} < {ta:.1f}"),
+        ("With diverse predictions it does not, and the average is better", cured > ta and gain > 0,
+         f"{worst} {cured:.1f} > {ta:.1f}, average {gain:+.1f}"),
+        ("which costs at most half a point on clean images", cost <= 0.5, f"{-cost:+.1f}"),
+    )  # fmt: skip
+    return [{"claim": claim, "holds": holds, "detail": detail} for claim, holds, detail in claims]
+
+
+CLAIMS = {"generalization": check_generalization, "collapse": check_collapse}
 
 
 # ------------------------------------------------------------------------------------------
@@ -377,112 +810,58 @@ def run(arguments: argparse.Namespace) -> bool:
 # ------------------------------------------------------------------------------------------
 
 
-def table(results: dict) -> str:
-    """Accuracy in percent by method and task, as Markdown that is legible on a console too."""
-    tasks = results["tasks"]
-    header, rows = ["Method", *tasks, "Average", "Seconds", "Parameters", "trained"], []
-    published = {OUR_NAMES.get(row["method"], row["method"]): row for row in results["published"]}
-    for method in results["methods"]:
-        ours = [*(method["accuracy"][task] for task in tasks), method["average"]]
-        cells = [f"{method['seconds']:.0f}", *(f"{method[k + '_parameters']:,}" for k in ("total", "trainable"))]
-        rows.append([method["name"], *(f"{value:.1f}" for value in ours), *cells])
-        if row := published.get(method["name"]):
-            theirs = [row["accuracy"][task] for task in tasks]
-            theirs.append(sum(theirs) / len(theirs))
-            rows.append([f"  published ({row['source']})", *(f"{value:.1f}" for value in theirs), "", "", ""])
-            rows.append(["  difference", *(f"{a - b:+.1f}" for a, b in zip(ours, theirs)), "", "", ""])
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
-        "| " + " | ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
-        for row in [header, *rows]
-    ]
-    rule = "| " + " | ".join("-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths))
-    return "".join(line + " |\n" for line in [lines[0], rule, *lines[1:]])
+def report_of(conditions: list[Condition], measured: dict[str, dict[str, list[dict]]]) -> str:
+    """A table for every condition; conditions that have one method only share a table with what comes before them."""
+    tables: list[tuple[Condition, dict[str, list[dict]]]] = []
+    for condition in conditions:
+        rows = measured[condition.name]
+        if len(rows) == 1 and tables:
+            tables[-1][1].update({f"{name}, {condition.name}": entries for name, entries in rows.items()})
+        else:
+            tables.append((condition, dict(rows)))
+    return "\n".join(f"## {c.name}\n\n{report.table(c.columns, rows, c.published)}" for c, rows in tables)
 
 
-def draw_figures(suite: Suite, results: dict, output: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    methods = {method["name"]: method for method in results["methods"]}
-    figures = {"tasks": draw_tasks(plt, suite), "accuracy": draw_accuracy(plt, results)}
-    if curves := {name: method["adaptation"] for name, method in methods.items() if "adaptation" in method}:
-        figures["adaptation"] = draw_adaptation(plt, curves, methods, suite.curve)
-    if "WEMoE" in methods:
-        figures["routing"] = draw_routing(plt, suite.tasks, methods["WEMoE"]["routing"])
-    for name, figure in figures.items():
-        write(output / f"{name}.png", lambda path, figure=figure: figure.savefig(path, format="png", dpi=150))
-        plt.close(figure)
-
-
-def draw_tasks(plt, suite: Suite, columns: int = 24):
-    """A contact sheet: test images of every task, one row each, the classes taking turns."""
-    size = (12, 0.6 * len(suite.tasks))
-    figure, axes = plt.subplots(len(suite.tasks), figsize=size, layout="constrained", squeeze=False)
-    for task, axis in zip(suite.tasks, axes[:, 0]):
-        images = suite.test[task][0][:columns]
-        images = images[..., :: max(1, images.shape[-2] // 64), :: max(1, images.shape[-1] // 64)]
-        axis.imshow(images.permute(2, 0, 3, 1).flatten(1, 2).numpy())  # side by side
-        axis.set(xticks=[], yticks=[])
-        axis.set_ylabel(task, rotation=0, ha="right", va="center")
-    return figure
-
-
-def draw_accuracy(plt, results: dict):
-    """A heat map of the table: methods by tasks."""
-    methods, tasks = results["methods"], results["tasks"]
-    values = [[*(method["accuracy"][task] for task in tasks), method["average"]] for method in methods]
-    figure, axis = plt.subplots(figsize=(1.05 * len(tasks) + 3, 0.45 * len(methods) + 1), layout="constrained")
-    axis.imshow(values, cmap="viridis", vmin=0, vmax=100, aspect="auto")
-    axis.set_xticks(range(len(tasks) + 1), [*tasks, "Average"])
-    axis.set_yticks(range(len(methods)), [method["name"] for method in methods])
-    axis.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
-    for y, row in enumerate(values):
-        for x, value in enumerate(row):
-            bold = "bold" if x == len(tasks) else "normal"
-            axis.text(x, y, f"{value:.1f}", ha="center", va="center", color="k" if value > 60 else "w", weight=bold)
-    axis.axvline(len(tasks) - 0.5, color="w", linewidth=3)
-    return figure
-
-
-def draw_adaptation(plt, curves: dict[str, dict], methods: dict[str, dict], authors: dict | None):
-    """Entropy and accuracy during adaptation, one line for each method that adapts, and the authors' WEMoE."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for name, curve in curves.items():
-        left.plot(range(1, len(curve["entropy"]) + 1), curve["entropy"], label=name, linewidth=1)
-        right.plot(curve["steps"], curve["accuracy"], "o-", label=name, markersize=3)
-    for name, style in (("Individual", "--"), ("Task Arithmetic", ":")):
-        if name in methods:
-            label = f"{name} (all test images)"
-            right.axhline(methods[name]["average"], color="grey", linestyle=style, label=label)
-    if authors:
-        right.plot(
-            authors["steps"], authors["average"], "k^--", label="WEMoE, the authors' (all test images)", markersize=4
-        )
-    left.set(xlabel="adaptation step", ylabel="mean entropy (nats)", ylim=(0, None), title="What is minimised")
-    title = f"What is gained ({CURVE_IMAGES} test images of each task)"
-    right.set(xlabel="adaptation step", ylabel="accuracy (%)", title=title)
-    right.legend()
-    return figure
-
-
-def draw_routing(plt, tasks: list[str], routing: dict[str, list[list[float]]]):
-    """Heat maps, one for every routed module: to which expert do images of which task go?"""
-    figure, axes = plt.subplots(
-        1, len(routing), figsize=(3.2 * len(routing) + 1, 5), layout="constrained", sharey=True, squeeze=False
-    )
-    limit = max(abs(value) for rows in routing.values() for row in rows for value in row)
-    for axis, (name, rows) in zip(axes[0], routing.items()):
-        image = axis.imshow(rows, cmap="RdBu_r", vmin=-limit, vmax=limit)
-        axis.set_title(name.removeprefix("transformer."), fontsize=9)
-        axis.set_xticks(range(len(tasks)), tasks, rotation=90)
-        axis.set_xlabel("task vector")
-    axes[0, 0].set_yticks(range(len(tasks)), tasks)
-    axes[0, 0].set_ylabel("images of task")
-    figure.colorbar(image, ax=axes, label="mean routing weight λ", shrink=0.8)
-    return figure
+def draw(experiment: str, suite: Suite, conditions: list[Condition], measured: dict) -> dict[str, Figure]:
+    average = {
+        c.name: {name: statistics.mean(report.averages(e, suite.tasks)) for name, e in measured[c.name].items()}
+        for c in conditions
+    }
+    if experiment == "main":
+        methods = {name: entries[0] for name, entries in measured["main"].items()}
+        shown = {
+            "tasks": report.draw_tasks(suite.test),
+            "accuracy": report.draw_accuracy(suite.tasks, list(methods.values())),
+        }
+        if curves := {name: m["adaptation"] for name, m in methods.items() if "adaptation" in m}:
+            shown["adaptation"] = report.draw_adaptation(curves, average["main"], CURVE_IMAGES, suite.curve)
+        if curves := {name: m["curve"] for name, m in methods.items() if "curve" in m}:
+            shown["scalings"] = report.draw_scalings(curves)
+        if "WEMoE" in methods:
+            shown["routing"] = report.draw_routing(suite.tasks, methods["WEMoE"]["routing"])
+        return shown
+    if experiment == "generalization":
+        groups = {f"{c.name}:\n{part}": (c.name, tasks) for c in conditions for part, tasks in c.columns.items()}
+        bars = {
+            g: {n: report.averages(e, tasks)[0] for n, e in measured[c].items()} for g, (c, tasks) in groups.items()
+        }
+        return {"generalization": report.draw_conditions(bars)}
+    if experiment == "ablation":
+        panels = {"router layers": dict(zip((0, 1, 2), map(average["as it is"].get, DEPTHS)))}
+        panels["rank"] = {int(re.search(r"\d+", name)[0]): average["as it is"].get(name) for name in RANKS}
+        for condition in conditions[1:]:
+            (setting, value), *_ = condition.change.items()
+            own = {getattr(suite.adaptation, setting): average["as it is"].get("WEMoE")}
+            panels[setting] = dict(
+                sorted({**panels.get(setting, own), value: average[condition.name]["WEMoE"]}.items())
+            )
+        panels = {name: {x: y for x, y in points.items() if y is not None} for name, points in panels.items()}
+        return {"ablation": report.draw_ablation({name: points for name, points in panels.items() if points})}
+    samples = {c.name: torch.cat([suite.variant(**c.change).test[t][0][:6] for t in suite.tasks]) for c in conditions}
+    return {
+        "tasks": report.draw_tasks({name: (images, None) for name, images in samples.items()}),
+        experiment: report.draw_conditions(average),
+    }
 
 
 # ------------------------------------------------------------------------------------------
@@ -503,8 +882,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("suite", nargs="?", default="miniature", choices=SUITES, help="default: %(default)s")
-    add("--tasks", nargs="+", metavar="TASK", help="only these tasks (default: all eight)")
-    add("--methods", nargs="+", metavar="METHOD", help=f"only these of {', '.join(METHODS)}")
+    experiments = "; ".join(f"{name}: {experiment.about}" for name, experiment in EXPERIMENTS.items())
+    add("--experiment", default="main", metavar="NAME", help=f"{experiments} (default: %(default)s)")
+    add("--tasks", nargs="+", metavar="TASK", help="in the main experiment, only these tasks (default: all eight)")
+    add("--methods", nargs="+", metavar="METHOD", help=METHODS_HELP)
     add("--steps", type=int, help="adaptation steps (default: 160 in the miniature, 1000 in the paper)")
     add("--seed", type=int, default=0, help="of fine-tuning and adaptation (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
@@ -519,11 +900,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--finetune", action="store_true", help="make the experts from the train splits instead of downloading them")
     add("--arch", help="with --finetune: another architecture of open_clip's")
     add("--pretrained", default="openai", help="with --finetune: which of its weights (default: %(default)s)")
-    add("--limit", type=int, metavar="N", help="only the first N images of every test set, for a quick look")
+    add("--limit", type=int, metavar="N", help="only N images of every test set, for a quick look")
     add("--cache", type=Path, default=Path.home() / ".cache" / "wemoe", help="decoded images (default: %(default)s)")
     parsed = parser.parse_args(arguments)
+    (parsed.experiment,) = choose("experiment", [parsed.experiment], list(EXPERIMENTS))
+    experiment, paper = EXPERIMENTS[parsed.experiment], parsed.suite != "miniature"
+    if parsed.tasks and parsed.experiment != "main":
+        raise InputError(f"--tasks is for the main experiment; {parsed.experiment} has its own")
+    if experiment.tasks:
+        names = dict(zip(clip.TASKS, miniature.TASKS))
+        parsed.tasks = [task if paper else names[task] for task in experiment.tasks]
     parsed.tasks = choose("task", parsed.tasks, SUITES[parsed.suite][1])
-    parsed.methods = choose("method", parsed.methods, list(METHODS))
+    usual = [name for name in experiment.methods if not (paper and METHODS[name].needs_training_images)]
+    parsed.methods = choose("method", parsed.methods, experiment.methods) if parsed.methods else usual
+    trains = any(METHODS[name].needs_training_images for name in parsed.methods)
+    parsed.splits = experiment.splits + (("train",) if trains else ())
     for option, least in (("steps", 1), ("seed", 0), ("limit", 1), ("workers", 1)):
         value = getattr(parsed, option)
         if value is not None and not least <= value < 2**31:
@@ -544,9 +935,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         torch.set_num_threads(1)  # always, so that the number of workers does not change results
     parsed.workers = parsed.workers or (min(2, os.cpu_count() or 1) if on_cores else 1)
     parsed.name = parsed.suite if not parsed.arch else f"{parsed.arch}-{parsed.pretrained}"
-    variants = {"experts": parsed.experts, "finetune": parsed.finetune, f"first{parsed.limit}": parsed.limit}
+    variants = {"experts": parsed.experts, "finetune": parsed.finetune, f"limit{parsed.limit}": parsed.limit}
     parsed.folder = parsed.output / "-".join([parsed.name, *(name for name, on in variants.items() if on)])
+    parsed.cached = parsed.folder / "cache"
+    parsed.folder /= "" if parsed.experiment == "main" else parsed.experiment
     return parsed
+
+
+METHODS_HELP = f"""only these of {", ".join(METHODS)} (default: all; in the paper's suites all but those that need
+images of the train splits: {", ".join(name for name, method in METHODS.items() if method.needs_training_images)})"""
 
 
 PRECISIONS = ("float32", "bfloat16")

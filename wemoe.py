@@ -85,21 +85,59 @@ def task_arithmetic(
     return {name: (merged[name].to(p.dtype) if name in merged else p.clone()) for name, p in everything.items()}
 
 
+@torch.no_grad()
+def trim(tau: StateDict, keep: float = 0.2) -> dict[str, Tensor]:
+    """The `keep` share of entries of τ, at least one, largest in magnitude over all its tensors; zero elsewhere."""
+    magnitudes = torch.cat([entry.abs().flatten().float() for entry in tau.values()])
+    threshold = magnitudes.kthvalue(len(magnitudes) - _share(keep, len(magnitudes)) + 1).values
+    return {name: torch.where(entry.abs().float() >= threshold, entry, 0) for name, entry in tau.items()}
+
+
+@torch.no_grad()
+def ties(task_vectors: Iterable[StateDict], keep: float = 0.2) -> dict[str, Tensor]:
+    """One vector for all tasks, for task_arithmetic(pretrained, [τ]) (TIES-Merging, Yadav et al., arXiv 2306.01708):
+
+        τ̂_t = trim(τ_t),  γ = sgn(Σ_t τ̂_t),  τ = mean of the τ̂_t over the t with sgn(τ̂_t) = γ
+
+    entry by entry, and 0 where γ = 0. Raises ValueError if the vectors differ in structure; and unless 0 < keep <= 1.
+    """
+    merged = {}
+    for name, stacked in _stack([trim(tau, keep) for tau in task_vectors]).items():
+        taus = stacked.double()  # (T, *shape)
+        agree = taus * taus.sum(0).sign() > 0
+        merged[name] = ((taus * agree).sum(0) / agree.sum(0).clamp_min(1)).to(stacked.dtype)
+    return merged
+
+
+def _share(keep: float, count: int) -> int:
+    """How many of so many entries are kept. Raises ValueError unless 0 < keep <= 1."""
+    if not 0 < keep <= 1:
+        raise ValueError(f"The share of entries to keep lies above 0 and up to 1, got {keep=}.")
+    return max(1, round(keep * count))
+
+
+def _stack(task_vectors: Sequence[StateDict], origin: str = "the first one") -> dict[str, Tensor]:
+    """Each entry's τ_t stacked along T: (T, *shape). Raises ValueError if they differ in structure."""
+    for tau in task_vectors[1:]:
+        _check_structure(task_vectors[0], tau, "a task vector", origin)
+    return {name: torch.stack([tau[name] for tau in task_vectors]) for name in (task_vectors or [{}])[0]}
+
+
 def _floating_entries(model: nn.Module | StateDict) -> dict[str, Tensor]:
     """The parameters and floating-point buffers of a module or state dict, by name; what a task vector is made of."""
     state = model.state_dict(keep_vars=True) if isinstance(model, nn.Module) else model
     return {name: entry for name, entry in state.items() if isinstance(entry, Tensor) and entry.is_floating_point()}
 
 
-def _check_structure(theta_0: StateDict, other: StateDict, what: str) -> None:
+def _check_structure(theta_0: StateDict, other: StateDict, what: str, origin: str = "the pre-trained model") -> None:
     if missing := theta_0.keys() - other.keys():
-        raise ValueError(f"{_quote(missing)}: in the pre-trained model, but not in {what}.")
+        raise ValueError(f"{_quote(missing)}: in {origin}, but not in {what}.")
     if surplus := other.keys() - theta_0.keys():
-        raise ValueError(f"{_quote(surplus)}: in {what}, but not in the pre-trained model.")
+        raise ValueError(f"{_quote(surplus)}: in {what}, but not in {origin}.")
     for name, p in theta_0.items():
         if p.shape != other[name].shape:
             found, wanted = tuple(other[name].shape), tuple(p.shape)
-            raise ValueError(f"{name!r} has shape {found} in {what}, but {wanted} in the pre-trained model.")
+            raise ValueError(f"{name!r} has shape {found} in {what}, but {wanted} in {origin}.")
 
 
 def _quote(names: Iterable[str], most: int = 8) -> str:
@@ -144,6 +182,73 @@ class Router(nn.Module):
         return self.layers(h).reshape(len(h), -1, self.num_tasks).mean(1)  # (B, ..., T) -> (B, T)
 
 
+class _Dense(nn.Module):
+    """The task vectors of one parameter, stacked: τ (T, *shape). Two other forms below take less memory."""
+
+    def __init__(self, tau: Tensor):
+        super().__init__()
+        self.tau = nn.Parameter(tau, requires_grad=False)
+
+    def dense(self) -> Tensor:  # (T, *shape)
+        return self.tau
+
+    def rows(self, rows: slice) -> Tensor:  # of each matrix: (T, rows · D_in)
+        return self.dense()[:, rows].flatten(1)
+
+    def linear(self, x: Tensor, lam: Tensor, theta: Tensor) -> Tensor:
+        """x (..., D_in) -> (..., D_out) by the matrix θ_0 + Σ_t λ_t τ_t, where torch.vmap batches x and λ (T,)."""
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            return _MergedLinear.apply(x, lam.to(theta.dtype), theta, self)
+
+
+class _Sparse(_Dense):
+    """Of each τ_t only the `keep` share of entries that are largest in magnitude, with their places (E-WEMoE)."""
+
+    def __init__(self, tau: Tensor, keep: float):
+        nn.Module.__init__(self)
+        self.shape, flat = tau.shape, tau.flatten(1)
+        index = flat.abs().topk(_share(keep, flat.shape[1])).indices.sort().values
+        self.values = nn.Parameter(flat.gather(1, index), requires_grad=False)  # (T, kept)
+        self.register_buffer("index", index.int())  # (T, kept), ascending
+
+    def dense(self) -> Tensor:
+        return self.rows(slice(0, self.shape[1])).view(self.shape)
+
+    def rows(self, rows: slice) -> Tensor:
+        width = self.shape[2:].numel()
+        tile = self.values.new_zeros(len(self.values), len(range(self.shape[1])[rows]) * width)
+        ends = self.index.new_tensor([[rows.start * width, rows.start * width + tile.shape[1]]] * len(tile))
+        for t, (start, stop) in enumerate(torch.searchsorted(self.index, ends).tolist()):
+            tile[t].index_add_(0, self.index[t, start:stop] - ends[t, 0], self.values[t, start:stop])
+        return tile
+
+
+class _LowRank(_Dense):
+    """Each matrix τ_t truncated to rank r by its singular value decomposition, as two factors: τ_t ≈ U_t V_t.
+
+    Linear layers never multiply them: x (θ_0 + Σ_t λ_t U_t V_t)ᵀ = x θ_0ᵀ + Σ_t λ_t (x V_tᵀ) U_tᵀ, two thin products.
+    """
+
+    def __init__(self, tau: Tensor, rank: int):
+        nn.Module.__init__(self)
+        if rank < 1:
+            raise ValueError(f"Task vectors have a rank of at least 1, got {rank=}.")
+        u, s, v = torch.linalg.svd(tau.to(torch.promote_types(tau.dtype, torch.float32)), full_matrices=False)
+        u, v = (u * s[:, None])[..., :rank].movedim(1, 0), v[:, :rank]
+        self.u = nn.Parameter(u.to(tau.dtype).contiguous(), requires_grad=False)  # (D_out, T, r)
+        self.v = nn.Parameter(v.to(tau.dtype).contiguous(), requires_grad=False)  # (T, r, D_in)
+
+    def dense(self) -> Tensor:
+        return self.u.movedim(1, 0) @ self.v
+
+    def linear(self, x: Tensor, lam: Tensor, theta: Tensor) -> Tensor:
+        h = F.linear(x, self.v.flatten(0, 1))  # (..., T · r)
+        return F.linear(x, theta) + F.linear(h * lam.to(h.dtype).repeat_interleave(self.v.shape[1]), self.u.flatten(1))
+
+
 class WEMoE(nn.Module):
     """A module whose weights depend on its input: sample x_b runs through θ_0 + Σ_t λ_t(x_b) τ_t (Figure 1b).
 
@@ -153,38 +258,60 @@ class WEMoE(nn.Module):
     `pretrained` is any module whose first input is a tensor (B, ..., D), `finetuned` T modules of the same structure or
     their state dicts, `router` maps the first input to λ and alone is trainable.
     Attributes: `router`, `pretrained` (θ_0) and `task_vectors` (each parameter's τ stacked along T, by its name).
+    Task vectors take less memory with `keep`, the share of entries of each tensor to keep (the largest, stored sparse),
+    or with `rank`, to which their matrices are truncated (by SVD, stored as two factors).
     Further arguments: tensors whose first axis is B are split among the samples, everything else is shared by them.
-    Raises ValueError if the modules differ in structure (naming the entry) or in number from the routing weights.
+    Raises ValueError if the modules differ in structure (naming the entry) or in number from the routing weights, or if
+    `keep` or `rank` is out of range.
     """
 
-    def __init__(self, pretrained: nn.Module, finetuned: Sequence[nn.Module | StateDict], router: nn.Module):
+    def __init__(
+        self,
+        pretrained: nn.Module,
+        finetuned: Sequence[nn.Module | StateDict],
+        router: nn.Module,
+        *,
+        keep: float | None = None,
+        rank: int | None = None,
+    ):
         super().__init__()
         if len(finetuned) < 1 or getattr(router, "num_tasks", len(finetuned)) != len(finetuned):
             outputs = getattr(router, "num_tasks", "any number of")
             raise ValueError(f"WEMoE got {len(finetuned)} fine-tuned modules and a router with {outputs} outputs.")
-        self.router = router
+        if keep is not None and rank is not None:
+            raise ValueError(f"Task vectors are sparse or of low rank, not both: got {keep=} and {rank=}.")
+        self.router, self.num_tasks = router, len(finetuned)
         self.pretrained = copy.deepcopy(pretrained).requires_grad_(False)
-        taus = [task_vector(pretrained, module) for module in finetuned]
-        stacked = {name: torch.stack([tau[name] for tau in taus]) for name in taus[0]}  # each (T, *shape of θ_0)
-        # A module registers no parameter under a name with a dot.
-        self.stacked = nn.ParameterDict({n.replace(".", "/"): nn.Parameter(tau, False) for n, tau in stacked.items()})
+        stacked = _stack([task_vector(pretrained, module) for module in finetuned])  # each (T, *shape of θ_0)
+
+        def form(tau: Tensor) -> _Dense:
+            if keep is not None and tau.dim() > 1:
+                return _Sparse(tau, keep)
+            return _LowRank(tau, rank) if rank is not None and tau.dim() == 3 else _Dense(tau)
+
+        # A module registers none under a name with a dot, or under one that means something else to it.
+        self.stacked = nn.ModuleDict({"/" + name.replace(".", "/"): form(tau) for name, tau in stacked.items()})
         # Whether all parameters but vectors are the matrices of nn.Linear, which _MergedLinear never merges as a whole.
         linear = {f"{n}.weight".lstrip(".") for n, module in pretrained.named_modules() if type(module) is nn.Linear}
         self.only_linear = all(name in linear or tau.dim() <= 2 for name, tau in stacked.items())
 
     @property
     def task_vectors(self) -> dict[str, Tensor]:
-        return {name.replace("/", "."): tau for name, tau in self.stacked.items()}
+        return {name: form.dense() for name, form in self.forms.items()}
+
+    @property
+    def forms(self) -> dict[str, _Dense]:
+        return {name[1:].replace("/", "."): form for name, form in self.stacked.items()}
 
     def forward(self, *args, **kwargs):
         x = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
         if x is None:
             raise TypeError("A WEMoE module takes a tensor of shape (B, ..., D) as its first input.")
         lam = self.router(x)
-        if lam.shape != (len(x), len(next(iter(self.stacked.values())))):
+        if lam.shape != (len(x), self.num_tasks):
             raise ValueError(f"The router gave weights of shape {tuple(lam.shape)} for an input {tuple(x.shape)}.")
         if lam.stride(0) == 0 or len(lam) == 1:  # one set of weights for all samples, as with a router of depth 0
-            with _MergedParameters(self.pretrained, self.task_vectors, lam[0]):
+            with _MergedParameters(self.pretrained, self.forms, lam[0]):
                 return self.pretrained(*args, **kwargs)
         # For the backward pass, merged weights are not kept but merged again. _MergedLinear sees to that itself, other
         # modules run once more, in a checkpoint. (Before torch 2.6, vmap does not run in one: there they are kept.)
@@ -200,7 +327,7 @@ class WEMoE(nn.Module):
 
         def run_one(lam: Tensor, inputs: tuple) -> list[Tensor]:  # (T,), (1, ..., D)
             # The other implementations of attention would go through the samples one by one under vmap.
-            with sdpa_kernel(SDPBackend.MATH), _MergedParameters(self.pretrained, self.task_vectors, lam, True):
+            with sdpa_kernel(SDPBackend.MATH), _MergedParameters(self.pretrained, self.forms, lam, True):
                 outputs[:] = tree_flatten(self.pretrained(*inputs[0], **inputs[1]))
             return [leaf for leaf in outputs[0] if isinstance(leaf, Tensor)]
 
@@ -244,71 +371,68 @@ class _MergedParameters(TorchFunctionMode):
     is that of one sample among many (`batched`), F.linear never sees a merged matrix. _MergedLinear takes its place.
     """
 
-    def __init__(self, module: nn.Module, task_vectors: StateDict, lam: Tensor, batched: bool = False):
+    def __init__(self, module: nn.Module, forms: Mapping[str, _Dense], lam: Tensor, batched: bool = False):
         super().__init__()
         self.lam, self.batched = lam, batched
-        self.tau = {id(p): task_vectors[name] for name, p in _floating_entries(module).items()}  # (T, *shape of p)
+        self.forms = {id(p): forms[name] for name, p in _floating_entries(module).items()}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in _METADATA:
             return func(*args, **kwargs)
-        if self.batched and func is F.linear and len(args) > 1 and args[1].dim() == 2 and id(args[1]) in self.tau:
+        if self.batched and func is F.linear and len(args) > 1 and args[1].dim() == 2 and id(args[1]) in self.forms:
             return self._linear(*args, **kwargs)
         args, kwargs = tree_map_only(Tensor, self._merge, (args, kwargs))
         return func(*args, **kwargs)
 
     def _merge(self, p: Tensor) -> Tensor:
-        if id(p) not in self.tau:
+        if id(p) not in self.forms:
             return p
         with torch.autocast(p.device.type, enabled=False):
-            return p + torch.tensordot(self.lam.to(p.dtype), self.tau[id(p)], dims=1)
+            return p + torch.tensordot(self.lam.to(p.dtype), self.forms[id(p)].dense(), dims=1)
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
-        with torch.autocast(device, enabled=False):
-            y = _MergedLinear.apply(x, self.lam.to(weight.dtype), weight, self.tau[id(weight)])
+        y = self.forms[id(weight)].linear(x, self.lam, weight)
         return y if bias is None else y + self._merge(bias).to(y.dtype)
 
 
 class _MergedLinear(torch.autograd.Function):
-    """y_b = x_b W_b^T with W_b = θ_0 + Σ_t λ_bt τ_t: x (B, N, D_in), λ (B, T), θ_0 (D_out, D_in), τ (T, D_out, D_in).
+    """y_b = x_b W_b^T with W_b = θ_0 + Σ_t λ_bt τ_t: x (B, N, D_in), λ (B, T), θ_0 (D_out, D_in), τ any form.
 
     Tile by tile of output rows, one matrix product merges for all samples and another applies. The backward pass merges
     again, so that memory never holds B sets of weights. x and λ have gradients; θ_0 and τ are constants.
     """
 
     @staticmethod
-    def forward(x: Tensor, lam: Tensor, theta: Tensor, tau: Tensor) -> Tensor:
+    def forward(x: Tensor, lam: Tensor, theta: Tensor, form: _Dense) -> Tensor:
         y = x.new_empty(*x.shape[:2], len(theta))
-        for rows, w in _merged_tiles(lam, theta, tau):
+        for rows, w, _ in _merged_tiles(lam, theta, form):
             y[..., rows] = x @ w.to(x.dtype).mT  # (B, N, D_in) (B, D_in, rows)
         return y
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        if inputs[2].requires_grad or inputs[3].requires_grad:
+        x, lam, theta, ctx.form = inputs
+        if theta.requires_grad or any(p.requires_grad for p in ctx.form.parameters()):
             raise NotImplementedError("In a WEMoE module only the router is trainable: freeze everything else.")
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(x, lam, theta)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        x, lam, theta, tau = ctx.saved_tensors
+        x, lam, theta = ctx.saved_tensors
         dx, dlam = torch.zeros_like(x), torch.zeros_like(lam)
         with torch.autocast(x.device.type, enabled=False):
-            for rows, w in _merged_tiles(lam, theta, tau):
+            for rows, w, tau in _merged_tiles(lam, theta, ctx.form):
                 dx.baddbmm_(dy[..., rows], w.to(x.dtype))
                 dw = (dy[..., rows].mT @ x).to(lam.dtype)  # (B, rows, D_in)
-                dlam.addmm_(dw.flatten(1), tau[:, rows].flatten(1).mT)  # <dw_b, τ_t>
+                dlam.addmm_(dw.flatten(1), tau.mT)  # <dw_b, τ_t>
         return dx, dlam, None, None
 
     @staticmethod
-    def vmap(info, in_dims, x: Tensor, lam: Tensor, theta: Tensor, tau: Tensor):
+    def vmap(info, in_dims, x: Tensor, lam: Tensor, theta: Tensor, form: _Dense):
         """What torch.vmap calls instead of running sample by sample: all x (B, ..., D_in) and λ (B, T), in one go."""
         x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
-        y = _MergedLinear.apply(x.reshape(len(x), -1, x.shape[-1]), lam.movedim(in_dims[1], 0), theta, tau)
+        y = _MergedLinear.apply(x.reshape(len(x), -1, x.shape[-1]), lam.movedim(in_dims[1], 0), theta, form)
         return y.view(*x.shape[:-1], len(theta)), 0
 
 
@@ -317,8 +441,8 @@ class _MergedLinear(torch.autograd.Function):
 _TILE, _ROWS = {"cpu": 2**19, "cuda": 2**26}, 64
 
 
-def _merged_tiles(lam: Tensor, theta: Tensor, tau: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """θ_0 + Σ_t λ_bt τ_t of all samples, some output rows at a time: the rows, and their weights (B, rows, D_in).
+def _merged_tiles(lam: Tensor, theta: Tensor, form: _Dense) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """θ_0 + Σ_t λ_bt τ_t of all samples, some output rows at a time: the rows, their weights (B, rows, D_in) and τ.
 
     Every tile overwrites the one before: fresh memory is slow to come by.
     """
@@ -326,9 +450,9 @@ def _merged_tiles(lam: Tensor, theta: Tensor, tau: Tensor) -> Iterator[tuple[sli
     memory = theta.new_empty(len(lam) * theta[:count].numel())
     for start in range(0, len(theta), count):
         rows = slice(start, start + count)
-        w = memory[: len(lam) * theta[rows].numel()].view(len(lam), -1)
-        torch.addmm(theta[rows].flatten(), lam, tau[:, rows].flatten(1), out=w)  # (B, T) (T, rows · D_in)
-        yield rows, w.view(len(lam), -1, theta.shape[1])
+        w, tau = memory[: len(lam) * theta[rows].numel()].view(len(lam), -1), form.rows(rows)
+        torch.addmm(theta[rows].flatten(), lam, tau, out=w)  # (B, T) (T, rows · D_in)
+        yield rows, w.view(len(lam), -1, theta.shape[1]), tau
 
 
 @contextmanager
@@ -365,6 +489,9 @@ def upscale(
     init_lambda: float = 0.3,
     router_depth: int = 2,
     modules: str | Callable[[str, nn.Module], bool] | None = None,
+    shared_router: bool = False,
+    keep: float | None = None,
+    rank: int | None = None,
 ) -> nn.Module:
     """One model for T tasks: selected modules become WEMoE modules, all else is merged by task arithmetic (Figure 1a).
 
@@ -373,7 +500,10 @@ def upscale(
     modules to route: None, the MLPs by the names that open_clip, timm, torchvision and Hugging Face transformers give
     them; a regular expression to be found in a module's name; or a predicate (name, module) -> bool. Of modules within
     one another, the outermost is routed. In the result, only the routers require gradients.
-    Raises ValueError if no module is selected or if the models differ in structure.
+    `keep` and `rank` are those of `WEMoE`; with `shared_router`, one router serves all modules, each with its own input
+    (E-WEMoE, Shen et al., arXiv 2410.21804, is shared_router=True and keep=0.1).
+    Raises ValueError if no module is selected, if the models differ in structure, or if modules with different hidden
+    sizes are to share a router.
     """
     models = list(finetuned.values()) if isinstance(finetuned, Mapping) else list(finetuned)
     if not models:
@@ -382,17 +512,55 @@ def upscale(
     upscaled = copy.deepcopy(pretrained).requires_grad_(False)
     upscaled.load_state_dict(merged)
     routed: dict[nn.Module, WEMoE] = {}  # a module that the model holds under two names stays one module
+    router = None
     for name in _selected(pretrained, modules):
         module = pretrained.get_submodule(name)
         if module not in routed:
-            router = Router(_hidden_size(name, module) if router_depth else 0, len(models), router_depth, init_lambda)
-            router.to(next(iter(_floating_entries(module).values())))  # its dtype and device
-            routed[module] = WEMoE(module, [model.get_submodule(name) for model in models], router)
+            hidden_size = _hidden_size(name, module) if router_depth else 0
+            if router is None or not shared_router:
+                router = Router(hidden_size, len(models), router_depth, init_lambda)
+                router.to(next(iter(_floating_entries(module).values())))  # its dtype and device
+            if router.hidden_size != hidden_size:
+                sizes = f"{router.hidden_size} and, {name!r}, {hidden_size}"
+                raise ValueError(f"Modules that share a router need one hidden size, found {sizes}.")
+            experts = [model.get_submodule(name) for model in models]
+            routed[module] = WEMoE(module, experts, router, keep=keep, rank=rank)
         if name == "":
             return routed[module].train(pretrained.training)
         parent, _, child = name.rpartition(".")
         setattr(upscaled.get_submodule(parent), child, routed[module].train(module.training))
     return upscaled
+
+
+class AdaMerging(nn.Module):
+    """θ_0 + Σ_t λ_t τ_t, its λ trained by `adapt`: one for each task, or for each parameter and task.
+
+    AdaMerging (Yang et al., arXiv 2310.02575); on trimmed task vectors, AdaMerging++. `lam` is (1, T) or, layer-wise,
+    (parameters, T); `merged()` is what comes of it, as entries of an ordinary state dict.
+    Raises ValueError if keys or shapes of a task vector are not those of θ_0.
+    """
+
+    def __init__(
+        self,
+        pretrained: nn.Module,
+        task_vectors: Sequence[StateDict],
+        layer_wise: bool = True,
+        init_lambda: float = 0.3,
+    ):
+        super().__init__()
+        self.pretrained = copy.deepcopy(pretrained).requires_grad_(False)
+        stacked = _stack([_floating_entries(pretrained), *task_vectors], "the pre-trained model")  # (1 + T, *shape)
+        self.names, taus = list(stacked), (both[1:].clone() for both in stacked.values())
+        self.tau = nn.ParameterList(nn.Parameter(tau, requires_grad=False) for tau in taus)
+        self.lam = nn.Parameter(torch.full((len(stacked) if layer_wise else 1, len(task_vectors)), float(init_lambda)))
+
+    def merged(self) -> dict[str, Tensor]:
+        theta_0, rows = _floating_entries(self.pretrained), self.lam.expand(len(self.tau), -1)
+        taus = zip(self.names, rows, self.tau)
+        return {name: theta_0[name] + torch.tensordot(lam.to(tau), tau, dims=1) for name, lam, tau in taus}
+
+    def forward(self, *args, **kwargs):
+        return torch.func.functional_call(self.pretrained, self.merged(), args, kwargs)
 
 
 def _selected(model: nn.Module, modules: str | Callable[[str, nn.Module], bool] | None) -> list[str]:
@@ -431,6 +599,12 @@ def entropy(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1)  # 0 log 0 = 0 for a logit of -inf
 
 
+def _log_mean(logits: Tensor) -> Tensor:
+    """The logarithm of the batch's mean prediction, (B, C) -> (C,), but for a constant."""
+    log_p = F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return log_p.clamp_min(torch.finfo(log_p.dtype).min).logsumexp(0)
+
+
 def adapt(
     model: nn.Module,
     loaders: Mapping[str, Iterable[Tensor]],
@@ -438,6 +612,7 @@ def adapt(
     *,
     steps: int = 1000,
     lr: float = 1e-4,
+    diversity: float = 0.0,
     optimizer: torch.optim.Optimizer | None = None,
     start: int = 0,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
@@ -453,6 +628,9 @@ def adapt(
         loaders: task -> iterable of unlabelled input batches, started again when exhausted.
         heads: task -> callable from the model's output to logits (B, C), best frozen: they are not trained.
         steps, lr: number of steps and first learning rate (the paper's are 1000 and 1e-4, at 16 images of every task).
+        diversity: how much the entropy of a batch's mean prediction counts against the mean entropy. At 0, the paper's
+            objective, one confident answer to everything is as good as any; at 1 the objective is minus the mutual
+            information of input and prediction (Bridle et al., NeurIPS 1991; Liang et al., arXiv 2002.08546).
         optimizer, start: to go on with an interrupted adaptation: its optimizer, and the number of steps done. The
             `loaders` are to yield what comes next.
         on_step: called after each step with its number, from 1, and the mean entropy of every task.
@@ -483,8 +661,9 @@ def adapt(
             x = next(batches[task]).to(routers[0].device)
             # In a distributed model, gradients are exchanged once a step.
             with nullcontext() if task == last_task else getattr(model, "no_sync", nullcontext)():
-                loss = entropy(heads[task](model(x))).mean()
-                loss.backward()
+                logits = heads[task](model(x))
+                loss = entropy(logits).mean()
+                (loss - diversity * entropy(_log_mean(logits)) if diversity else loss).backward()
             losses[task] = loss.detach()
         values = dict(zip(losses, torch.stack(list(losses.values())).tolist()))
         for task, value in values.items():

@@ -389,19 +389,21 @@ def image_set(
     """A data set's images as open_clip prepares them, up to normalisation: uint8 (N, 3, H, W), and labels, int64 (N,).
 
     The images are decoded once and then memory-mapped from `cache`, where another version of the source files, another
-    size, split or limit has another file. `limit` takes the first images only. Raises InputError for a missing split or
-    column, class names or labels that are not the task's, and an image that cannot be decoded.
+    size, split or limit has another file. `limit` takes so many images, evenly spaced since some sets are sorted by
+    class. Raises InputError for a missing split or column, class names or labels that are not the task's, and an image
+    that cannot be decoded.
     """
     spec = TASKS[task]
     if limit is not None and limit < 1:
         raise InputError(f"the limit on the images of a test set should be at least 1, not {limit}")
     repo = repository(spec.repo, "dataset", hub)
     paths = [repo.fetch(file) for file in shards(repo, spec.config, split)]
-    labels = read_labels(spec, split, paths)[:limit]
+    labels = read_labels(spec, split, paths)
+    chosen = np.linspace(0, len(labels) - 1, min(limit or len(labels), len(labels))).round().astype(int)
     path = cache_path(spec, prep, cache, paths, split, limit)
-    cached(path, partial(decode, spec, prep, paths, split, len(labels)))
+    cached(path, partial(decode, spec, prep, paths, split, chosen))
     # Copy on write: torch wants writable memory, the file stays as it is.
-    return torch.from_numpy(np.load(path, mmap_mode="c")), torch.from_numpy(labels)
+    return torch.from_numpy(np.load(path, mmap_mode="c")), torch.from_numpy(labels[chosen])
 
 
 def normalise(images: Tensor, prep: PreprocessCfg = PreprocessCfg()) -> Tensor:  # noqa: B008 (never modified)
@@ -424,8 +426,8 @@ def cache_path(task: Task, prep: PreprocessCfg, cache: Path, paths: list[Path], 
     stats = [path.stat() for path in paths]
     files = [(path.name, stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats)]
     key = digest([task.repo, task.config, task.image_column, split, vars(prep), files])
-    first = f"-first{limit}" if limit else ""
-    return Path(cache) / f"{task.name}-{split}{first}-{key}.npy"
+    some = f"-{limit}" if limit else ""
+    return Path(cache) / f"{task.name}-{split}{some}-{key}.npy"
 
 
 def digest(facts: Any) -> str:
@@ -459,26 +461,27 @@ def read_labels(task: Task, split: str, paths: list[Path]) -> np.ndarray:
     return np.array(labels, np.int64)
 
 
-def decode(task: Task, prep: PreprocessCfg, paths: list[Path], split: str, count: int, file: BinaryIO) -> None:
-    """Write the first `count` images as open_clip would hand them to ToTensor, in the format of numpy.save."""
+def decode(task: Task, prep: PreprocessCfg, paths: list[Path], split: str, chosen: np.ndarray, file: BinaryIO) -> None:
+    """Write the images of these numbers as open_clip would hand them to ToTensor, in the format of numpy.save."""
     transform = Compose(image_transform_v2(prep, is_train=False).transforms[:-2])  # without ToTensor and Normalize
-    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *prep.input_size)}
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(chosen), *prep.input_size)}
     np.lib.format.write_array_header_1_0(file, header)
-    done = 0
+    start = 0
     # Threads suffice: Pillow decodes and resizes without holding Python's lock.
-    with ThreadPoolExecutor() as pool, tqdm(total=count, desc=f"{task.name} {split}", unit="img") as bar:
+    with ThreadPoolExecutor() as pool, tqdm(total=len(chosen), desc=f"{task.name} {split}", unit="img") as bar:
         for batch in batches(paths, task.image_column):
-            jobs = [pool.submit(pixels, transform, entry) for entry in batch[: count - done]]
-            for index, job in enumerate(jobs, start=done):
+            here = chosen[(start <= chosen) & (chosen < start + len(batch))]
+            jobs = [pool.submit(pixels, transform, batch[index - start]) for index in here]
+            for index, job in zip(here, jobs):
                 try:
                     data = job.result()
                 except Exception as error:  # Pillow's plug-ins raise what they like
                     where = f"{task.name}, split {split} of {task.repo}: image {index}"
                     raise InputError(f"{where} cannot be decoded: {one_line(error)}") from error
                 file.write(data)
-            done += len(jobs)
-            bar.update(len(jobs))
-            if done == count:
+            start += len(batch)
+            bar.update(len(here))
+            if start > chosen[-1]:
                 break
 
 

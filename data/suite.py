@@ -16,7 +16,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -29,9 +29,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import authors, clip, miniature
+from data.corruptions import corrupt
 
 HERE = Path(__file__).parent
 TEST_IMAGES = 400  # of each task of the miniature
+SEVERITY = 3  # of its corruptions: at 5, task arithmetic has 30 % left of 94 %
 
 
 @dataclass(frozen=True)
@@ -48,17 +50,22 @@ class Training:
 
 @dataclass(frozen=True)
 class Adaptation:
-    """How routers are trained: unlabelled test images, entropy, Adam, cosine annealing to zero."""
+    """How routers, λ and masks are trained: unlabelled test images, entropy, Adam, cosine annealing to zero."""
 
     steps: int
-    lr: float
+    lr: float  # of routers
+    lambda_lr: float  # of the λ of AdaMerging
+    mask_lr: float  # of Concrete masks
+    mask_steps: int
     batch_size: int = 16  # of each task
     precision: str = "float32"
+    init_lambda: float = 0.3
+    share: float = 1.0  # of the test images that adaptation sees
 
 
 MINIATURE_TRAINING = Training()
-MINIATURE_ADAPTATION = Adaptation(steps=160, lr=8e-4, batch_size=8)
-PAPER_ADAPTATION = Adaptation(steps=1000, lr=1e-4)
+MINIATURE_ADAPTATION = Adaptation(steps=160, lr=8e-4, lambda_lr=1.6e-2, mask_lr=3e-2, mask_steps=80, batch_size=8)
+PAPER_ADAPTATION = Adaptation(steps=1000, lr=1e-4, lambda_lr=1e-3, mask_lr=1e-3, mask_steps=2000)
 PAPER_TRAINING = Training(images=0, steps=4000, batch_size=32, lr=1e-5, weight_decay=0, warmup=1)  # images: all
 
 
@@ -68,10 +75,12 @@ class Suite:
     seed: int
     device: torch.device
     precision: str  # of evaluation
+    training: Training
     adaptation: Adaptation
     pretrained: nn.Module  # vision tower: normalised images (B, 3, H, W) -> features (B, D)
     heads: dict[str, Tensor]  # task -> (D, C): logits = normalised features @ head
     test: dict[str, tuple[Tensor, Tensor]]  # task -> uint8 images (N, 3, H, W), labels (N,)
+    load: Callable[[str, str, int | None], tuple[Tensor, Tensor]]  # task, split, how many at most -> as in `test`
     normalise: Callable[[Tensor], Tensor]  # uint8 images -> what the vision tower takes
     experts: dict[str, nn.Module] = field(default_factory=dict)
     scalings: tuple[float, ...] = ()  # λ of task arithmetic to try, besides 0.3
@@ -93,6 +102,15 @@ class Suite:
         settings = self.name, self.seed, self.device.type, self.precision, self.adaptation, self.tasks, sizes
         return fingerprint(*settings, torch.__version__, *models, *heads, *tests)
 
+    def variant(self, experts: tuple[str, ...] = (), split: str = "test", **adaptation) -> "Suite":
+        """The same with fewer experts, other test images (a corruption's name) or other settings of adaptation."""
+        return replace(
+            self,
+            experts={task: expert for task, expert in self.experts.items() if not experts or task in experts},
+            test=self.test if split == "test" else {task: self.load(task, split, None) for task in self.tasks},
+            adaptation=replace(self.adaptation, **adaptation),
+        )
+
     def logits(self, task: str) -> Callable[[Tensor], Tensor]:
         return lambda features: F.normalize(features.float(), dim=-1) @ self.heads[task]
 
@@ -111,14 +129,23 @@ def miniature_suite(arguments: argparse.Namespace) -> Suite:
         adaptation=settings_of_adaptation(arguments, MINIATURE_ADAPTATION),
         pretrained=model.visual.requires_grad_(False),
         heads={task: miniature.zero_shot_head(model, task).to(device) for task in arguments.tasks},
-        test={task: miniature.render(task, "test", TEST_IMAGES, seed=1) for task in arguments.tasks},
+        test={task: miniature_images(task, "test") for task in arguments.tasks},
+        load=miniature_images,
         normalise=miniature.normalise,
-        scalings=tuple(tenth / 10 for tenth in range(11)),
+        training=MINIATURE_TRAINING,
+        scalings=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0),
     )
-    images = partial(miniature.render, split="train", count=MINIATURE_TRAINING.images, seed=0)
     program = b"".join((HERE / file).read_bytes() for file in ("miniature.py", "drawing.py"))
-    make_experts(suite, arguments, MINIATURE_TRAINING, images, depends_on=program)
+    make_experts(suite, arguments, depends_on=program)
     return suite
+
+
+def miniature_images(task: str, split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
+    """Rendered images and labels: "train", "test", or a corruption's name for the test images that it has spoiled."""
+    if split == "train":
+        return miniature.render(task, "train", count or MINIATURE_TRAINING.images, seed=0)
+    images, labels = miniature.render(task, "test", TEST_IMAGES, seed=1)
+    return (images if split == "test" else corrupt(images, split, SEVERITY)), labels
 
 
 def paper_suite(arguments: argparse.Namespace) -> Suite:
@@ -126,7 +153,7 @@ def paper_suite(arguments: argparse.Namespace) -> Suite:
     arch = clip.architecture(arguments.arch or arguments.suite, arguments.pretrained)
     hub, cache, limit, device = arguments.hub, arguments.cache, arguments.limit, torch.device(arguments.device)
     from_hub = arguments.experts is None and not arguments.finetune
-    splits = ("test", "train") if arguments.finetune else ("test",)
+    splits = ("test", "train") if arguments.finetune else ("test", *arguments.splits)
     weights = arguments.experts is None
     items = clip.plan(
         arch, cache, hub, tasks=arguments.tasks, weights=weights, experts=from_hub, splits=splits, limit=limit
@@ -157,6 +184,10 @@ def paper_suite(arguments: argparse.Namespace) -> Suite:
         pretrained=tower.requires_grad_(False),
         heads={task: head.to(device) for task, head in heads.items()},
         test={task: clip.image_set(task, prep, cache, hub, limit=limit) for task in arguments.tasks},
+        load=lambda task, split, count: clip.image_set(
+            task, prep, cache, hub, split, count or (None if split == "train" else limit)
+        ),
+        training=PAPER_TRAINING,
         normalise=partial(clip.normalise, prep=prep),
         published={
             OUR_NAMES.get(row["method"], row["method"]): dict(row, accuracy=dict(zip(clip.TASKS, row["accuracy"])))
@@ -166,9 +197,7 @@ def paper_suite(arguments: argparse.Namespace) -> Suite:
         curve=next((c for c in curves if c["learning_rate"] == adaptation.lr), None),
     )
     if arguments.finetune:
-        make_experts(
-            suite, arguments, PAPER_TRAINING, lambda task: clip.image_set(task, prep, cache, hub, split="train")
-        )
+        make_experts(suite, arguments)
     for task, state in experts.items():
         suite.experts[task] = copy.deepcopy(tower)
         suite.experts[task].load_state_dict(state, assign=True)
@@ -176,47 +205,49 @@ def paper_suite(arguments: argparse.Namespace) -> Suite:
     return suite
 
 
-OUR_NAMES = {"WEMoE (1-layer router)": "WEMoE (1-layer)"}
+OUR_NAMES = {
+    "WEMoE (1-layer router)": "WEMoE (1-layer)",
+    "Weight-Ensembling MoE": "WEMoE",
+    "E-WEMoE (90%)": "E-WEMoE",
+    "Ties-Merging": "TIES-Merging",
+    "Layer-wise AdaMerging": "AdaMerging (layer-wise)",
+    "Concrete AdaMerging (layer-wise)": "Concrete AdaMerging",
+}
 
 
 def settings_of_adaptation(arguments: argparse.Namespace, default: Adaptation) -> Adaptation:
     steps, precision = arguments.steps or default.steps, arguments.adapt_precision or default.precision
-    return Adaptation(steps, default.lr, default.batch_size, precision)
+    mask_steps = max(1, round(default.mask_steps * steps / default.steps))
+    return replace(default, steps=steps, mask_steps=mask_steps, precision=precision)
 
 
-def make_experts(
-    suite: Suite,
-    arguments: argparse.Namespace,
-    training: Training,
-    images: Callable[[str], tuple[Tensor, Tensor]],
-    depends_on: bytes = b"",
-) -> None:
+def make_experts(suite: Suite, arguments: argparse.Namespace, depends_on: bytes = b"") -> None:
     """Fine-tune the tower on every task (shared among the processes), or read what an earlier run has fine-tuned."""
     weights = [value.numpy() for value in suite.pretrained.state_dict().values()]
-    key = fingerprint(depends_on, inspect.getsource(fine_tune), training, suite.seed, suite.device.type, *weights)
-    folder = arguments.folder / "cache"
+    code = inspect.getsource(make_expert), inspect.getsource(fine_tune)
+    key = fingerprint(depends_on, *code, suite.training, suite.seed, suite.device.type, *weights)
     files = {
-        task: folder / f"expert-{task}-{fingerprint(key, suite.heads[task].cpu().numpy())}.safetensors"
+        task: arguments.cached / f"expert-{task}-{fingerprint(key, suite.heads[task].cpu().numpy())}.safetensors"
         for task in suite.tasks
     }
     missing = [task for task in suite.tasks if not files[task].exists()][rank() :: world()]
-    each(suite, make_expert, [(task, images, training, files[task]) for task in missing], arguments.workers)
+    each(suite, make_expert, [(task, files[task]) for task in missing], arguments.workers)
     barrier()
     for task, file in files.items():
         suite.experts[task] = copy.deepcopy(suite.pretrained)
         suite.experts[task].load_state_dict(load_file(file))
 
 
-def make_expert(
-    suite: Suite, task: str, images: Callable[[str], tuple[Tensor, Tensor]], training: Training, file: Path
-) -> None:
-    expert = fine_tune(suite, task, *images(task), training)
+def make_expert(suite: Suite, task: str, file: Path) -> None:
+    expert = fine_tune(suite, [task], task)
     write(file, lambda path: save_file(expert.cpu().state_dict(), path))
 
 
-def fine_tune(suite: Suite, task: str, images: Tensor, labels: Tensor, training: Training) -> nn.Module:
-    """An expert: a copy of the pre-trained tower, trained with cross-entropy through the task's frozen head."""
-    generator = torch.Generator().manual_seed(derive_seed(suite.seed, "fine-tuning", task))
+def fine_tune(suite: Suite, tasks: list[str], name: str) -> nn.Module:
+    """A copy of the pre-trained tower, trained with cross-entropy through the frozen heads: an expert, for one task."""
+    images = {task: suite.load(task, "train", None) for task in tasks}
+    generators = {t: torch.Generator().manual_seed(derive_seed(suite.seed, "fine-tuning", t)) for t in tasks}
+    training = suite.training
     expert = copy.deepcopy(suite.pretrained).to(suite.device).requires_grad_(True).train()
     optimizer = torch.optim.AdamW(expert.parameters(), lr=training.lr, weight_decay=training.weight_decay)
 
@@ -224,12 +255,12 @@ def fine_tune(suite: Suite, task: str, images: Tensor, labels: Tensor, training:
         return min(1, (step + 1) / training.warmup) * (1 + math.cos(math.pi * step / training.steps)) / 2
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    for _ in progress(range(training.steps), f"{task}: fine-tuning", unit="step"):
-        batch = torch.randint(len(images), (training.batch_size,), generator=generator)
-        logits = suite.logits(task)(expert(suite.images(images[batch])))
-        loss = F.cross_entropy(logits, labels[batch].to(suite.device))
+    for _ in progress(range(training.steps), f"{name}: fine-tuning", unit="step"):
         optimizer.zero_grad()
-        loss.backward()
+        for task, (pixels, labels) in images.items():
+            batch = torch.randint(len(pixels), (training.batch_size,), generator=generators[task])
+            logits = suite.logits(task)(expert(suite.images(pixels[batch])))
+            F.cross_entropy(logits, labels[batch].to(suite.device)).backward()
         optimizer.step()
         schedule.step()
     return expert.requires_grad_(False).eval()

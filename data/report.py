@@ -1,0 +1,165 @@
+"""The report of an experiment: numbers in, tables as Markdown and pictures as matplotlib figures out."""
+
+import statistics
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from data.suite import OUR_NAMES
+
+matplotlib.use("Agg")
+
+
+def averages(entries: list[dict], tasks: list[str]) -> list[float]:
+    """For every seed, the average accuracy over these tasks."""
+    return [statistics.mean(entry["accuracy"][task] for task in tasks) for entry in entries]
+
+
+def table(
+    columns: dict[str, list[str]], methods: dict[str, list[dict]], published: list[dict], details: bool = False
+) -> str:
+    """Accuracy in percent by method and task (± deviation over seeds), as Markdown that is legible on a console too."""
+    headings, cells, rows = ["Method"], [], []
+    for average, tasks in columns.items():
+        headings += [*tasks, average]
+        cells += [*([task] for task in tasks), tasks]
+    headings += ["Seconds", "Parameters", "learned", "MB"] if details else []
+    theirs = {OUR_NAMES.get(row["method"], row["method"]): row for row in published}
+    group = None
+    for name, entries in methods.items():
+        if details and group != entries[0]["group"]:
+            group = entries[0]["group"]
+            rows.append([f"*{group}*", *[""] * (len(headings) - 1)])
+        values = [averages(entries, tasks) for tasks in cells]
+        rows.append([name, *(spread(value) for value in values)])
+        if details:
+            learned = entries[0].get("learned", entries[0]["trainable_parameters"])
+            costs = f"{entries[0]['seconds']:.0f}", f"{entries[0]['total_parameters']:,}", f"{learned:,}"
+            rows[-1] += [*costs, f"{entries[0]['bytes'] / 1e6:.1f}"]
+        if row := theirs.get(name):
+            known = [averages([row], tasks)[0] for tasks in cells]
+            rest = [""] * (len(headings) - 1 - len(known))
+            rows.append([f"  published ({row['source']})", *(f"{value:.1f}" for value in known), *rest])
+            rows.append(["  difference", *(f"{statistics.mean(a) - b:+.1f}" for a, b in zip(values, known)), *rest])
+    widths = [max(len(row[i]) for row in [headings, *rows]) for i in range(len(headings))]
+    lines = [
+        "| " + " | ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        for row in [headings, *rows]
+    ]
+    rule = "| " + " | ".join("-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths))
+    return "".join(line + " |\n" for line in [lines[0], rule, *lines[1:]])
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, format="png", dpi=150)
+    plt.close(figure)
+
+
+def draw_tasks(test: dict[str, tuple[Tensor, Tensor]], columns: int = 24) -> Figure:
+    """A contact sheet: test images of every task, one row each, the classes taking turns."""
+    size = (12, 0.6 * len(test))
+    figure, axes = plt.subplots(len(test), figsize=size, layout="constrained", squeeze=False)
+    for (task, (images, _)), axis in zip(test.items(), axes[:, 0]):
+        images = images[:columns]
+        images = images[..., :: max(1, images.shape[-2] // 64), :: max(1, images.shape[-1] // 64)]
+        axis.imshow(images.permute(2, 0, 3, 1).flatten(1, 2).numpy())  # side by side
+        axis.set(xticks=[], yticks=[])
+        axis.set_ylabel(task, rotation=0, ha="right", va="center")
+    return figure
+
+
+def draw_accuracy(tasks: list[str], methods: list[dict]) -> Figure:
+    """A heat map of the table: methods by tasks."""
+    values = [[*(method["accuracy"][task] for task in tasks), method["average"]] for method in methods]
+    figure, axis = plt.subplots(figsize=(1.05 * len(tasks) + 3, 0.45 * len(methods) + 1), layout="constrained")
+    axis.imshow(values, cmap="viridis", vmin=0, vmax=100, aspect="auto")
+    axis.set_xticks(range(len(tasks) + 1), [*tasks, "Average"])
+    axis.set_yticks(range(len(methods)), [method["name"] for method in methods])
+    axis.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            bold = "bold" if x == len(tasks) else "normal"
+            axis.text(x, y, f"{value:.1f}", ha="center", va="center", color="k" if value > 60 else "w", weight=bold)
+    axis.axvline(len(tasks) - 0.5, color="w", linewidth=3)
+    return figure
+
+
+def draw_adaptation(curves: dict[str, dict], averages: dict[str, float], images: int, authors: dict | None) -> Figure:
+    """Entropy and accuracy during adaptation, one line for each method that adapts, and the authors' WEMoE."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for name, curve in curves.items():
+        left.plot(range(1, len(curve["entropy"]) + 1), curve["entropy"], label=name, linewidth=1)
+        right.plot(curve["steps"], curve["accuracy"], "o-", label=name, markersize=3)
+    for name, style in (("Individual", "--"), ("Task Arithmetic", ":")):
+        if name in averages:
+            label = f"{name} (all test images)"
+            right.axhline(averages[name], color="grey", linestyle=style, label=label)
+    if authors:
+        right.plot(
+            authors["steps"], authors["average"], "k^--", label="WEMoE, the authors' (all test images)", markersize=4
+        )
+    left.set(xlabel="adaptation step", ylabel="mean entropy (nats)", ylim=(0, None), title="What is minimised")
+    title = f"What is gained ({images} test images of each task)"
+    right.set(xlabel="adaptation step", ylabel="accuracy (%)", title=title)
+    right.legend()
+    return figure
+
+
+def draw_routing(tasks: list[str], routing: dict[str, list[list[float]]]) -> Figure:
+    """Heat maps, one for every routed module: to which expert do images of which task go?"""
+    figure, axes = plt.subplots(
+        1, len(routing), figsize=(3.2 * len(routing) + 1, 5), layout="constrained", sharey=True, squeeze=False
+    )
+    limit = max(abs(value) for rows in routing.values() for row in rows for value in row)
+    for axis, (name, rows) in zip(axes[0], routing.items()):
+        image = axis.imshow(rows, cmap="RdBu_r", vmin=-limit, vmax=limit)
+        axis.set_title(name.removeprefix("transformer."), fontsize=9)
+        axis.set_xticks(range(len(tasks)), tasks, rotation=90)
+        axis.set_xlabel("task vector")
+    axes[0, 0].set_yticks(range(len(tasks)), tasks)
+    axes[0, 0].set_ylabel("images of task")
+    figure.colorbar(image, ax=axes, label="mean routing weight λ", shrink=0.8)
+    return figure
+
+
+def draw_scalings(curves: dict[str, list[dict]]) -> Figure:
+    """Average accuracy against the scaling λ, a line for each method that was tried with several."""
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, curve in curves.items():
+        axis.plot([point["scaling"] for point in curve], [point["average"] for point in curve], "o-", label=name)
+    axis.set(xlabel="λ", ylabel="average accuracy (%)")
+    axis.legend()
+    return figure
+
+
+def draw_conditions(conditions: dict[str, dict[str, float]]) -> Figure:
+    """Bars of accuracy: a group for every condition, a bar for every method in it."""
+    names = list(dict.fromkeys(name for methods in conditions.values() for name in methods))
+    figure, axis = plt.subplots(figsize=(1.5 * len(conditions) + 4, 4), layout="constrained")
+    width = 0.85 / len(names)
+    for i, name in enumerate(names):
+        places = [(x + i * width, methods[name]) for x, methods in enumerate(conditions.values()) if name in methods]
+        axis.bar(*zip(*places), width, label=name)
+    axis.set_xticks([x + 0.4 - width / 2 for x in range(len(conditions))], conditions)
+    axis.set(ylabel="accuracy (%)", ylim=(0, 100))
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def draw_ablation(settings: dict[str, dict[str, float]]) -> Figure:
+    """One panel for each setting: accuracy at each of its values."""
+    shape = dict(figsize=(3 * len(settings), 3.2), layout="constrained", sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(settings), **shape)
+    for (setting, points), axis in zip(settings.items(), axes[0]):
+        axis.plot(list(points), list(points.values()), "o-")
+        axis.set(xlabel=setting)
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("average accuracy (%)")
+    return figure
