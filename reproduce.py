@@ -21,7 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -80,7 +80,9 @@ def individual(suite: Suite, name: str, folder: Path) -> Merged:
 
 
 def multi_task_learning(suite: Suite, name: str, folder: Path) -> Merged:
-    return Merged(fine_tune(suite, list(suite.experts), name))
+    """One model, fine-tuned on all tasks: as many steps as an expert, with half its batch size of every task."""
+    half = replace(suite, training=replace(suite.training, batch_size=max(1, suite.training.batch_size // 2)))
+    return Merged(fine_tune(half, list(suite.experts), name))
 
 
 def ensemble(suite: Suite, name: str, folder: Path) -> Merged:
@@ -332,8 +334,8 @@ def adapt(
 ) -> dict[str, list[float]]:
     """Adapt the model in place: entropy (nats) at each step, accuracy (%) on part of the test images now and then.
 
-    What is trained, its optimiser and the curve are kept in `folder` ten times on the way, and an adaptation goes on
-    from there.
+    What is trained, its optimiser and the curve are kept in `folder` some times on the way, and an adaptation
+    goes on from there.
     """
     settings, file = suite.adaptation, folder / file
     part = {task: (images[:CURVE_IMAGES], labels[:CURVE_IMAGES]) for task, (images, labels) in suite.test.items()}
@@ -352,7 +354,7 @@ def adapt(
         def on_step(step: int, entropies: dict[str, float]) -> None:
             curve["entropy"].append(round(average_over_processes(mean(entropies)), 6))
             bar.update()
-            if step % max(1, steps // 10) == 0 or step == steps:
+            if step % max(1, steps // settings.evaluations) == 0 or step == steps:
                 curve["steps"].append(step)
                 curve["accuracy"].append(mean(evaluate(suite, model, part)))
                 bar.set_postfix(entropy=f"{curve['entropy'][-1]:.3f}", accuracy=f"{curve['accuracy'][-1]:.1f}")

@@ -210,20 +210,22 @@ class _Sparse(_Dense):
     def __init__(self, tau: Tensor, keep: float):
         nn.Module.__init__(self)
         self.shape, flat = tau.shape, tau.flatten(1)
-        index = flat.abs().topk(_share(keep, flat.shape[1])).indices.sort().values
-        self.values = nn.Parameter(flat.gather(1, index), requires_grad=False)  # (T, kept)
-        self.register_buffer("index", index.int())  # (T, kept), ascending
+        kept = flat.abs().topk(_share(keep, flat.shape[1])).indices  # (T, kept)
+        mask = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, kept, True).view(len(tau), tau.shape[1], -1)
+        by_rows = mask.transpose(0, 1).flatten()  # (D_out · T · D_in): what a few rows need lies together
+        self.register_buffer("index", by_rows.nonzero().flatten().int())
+        self.values = nn.Parameter(tau.view(mask.shape).transpose(0, 1).flatten()[by_rows], requires_grad=False)
 
     def dense(self) -> Tensor:
         return self.rows(slice(0, self.shape[1])).view(self.shape)
 
     def rows(self, rows: slice) -> Tensor:
-        width = self.shape[2:].numel()
-        tile = self.values.new_zeros(len(self.values), len(range(self.shape[1])[rows]) * width)
-        ends = self.index.new_tensor([[rows.start * width, rows.start * width + tile.shape[1]]] * len(tile))
-        for t, (start, stop) in enumerate(torch.searchsorted(self.index, ends).tolist()):
-            tile[t].index_add_(0, self.index[t, start:stop] - ends[t, 0], self.values[t, start:stop])
-        return tile
+        size = self.shape[0] * self.shape[2:].numel()  # of one row, all tasks
+        ends = [row * size for row in (rows.start, min(rows.stop, self.shape[1]))]
+        start, stop = torch.searchsorted(self.index, self.index.new_tensor(ends)).tolist()
+        tile = self.values.new_zeros(ends[1] - ends[0])
+        tile.scatter_(0, self.index[start:stop].long() - ends[0], self.values[start:stop])
+        return tile.view(ends[1] // size - rows.start, self.shape[0], -1).transpose(0, 1).flatten(1)
 
 
 class _LowRank(_Dense):
@@ -438,7 +440,7 @@ class _MergedLinear(torch.autograd.Function):
 
 # The size of a tile, in elements: what stays in a CPU's cache, or 256 MiB in float32 on a GPU; but so many rows at
 # least, for matrix products to be worth their while.
-_TILE, _ROWS = {"cpu": 2**19, "cuda": 2**26}, 64
+_TILE, _ROWS = {"cpu": 2**18, "cuda": 2**26}, 64
 
 
 def _merged_tiles(lam: Tensor, theta: Tensor, form: _Dense) -> Iterator[tuple[slice, Tensor, Tensor]]:

@@ -61,10 +61,13 @@ class Adaptation:
     precision: str = "float32"
     init_lambda: float = 0.3
     share: float = 1.0  # of the test images that adaptation sees
+    evaluations: int = 10  # of the accuracy on the way, where the state is kept, too
 
 
 MINIATURE_TRAINING = Training()
-MINIATURE_ADAPTATION = Adaptation(steps=160, lr=8e-4, lambda_lr=1.6e-2, mask_lr=3e-2, mask_steps=80, batch_size=8)
+MINIATURE_ADAPTATION = Adaptation(
+    steps=160, lr=8e-4, lambda_lr=1.6e-2, mask_lr=3e-2, mask_steps=60, batch_size=8, evaluations=5
+)
 PAPER_ADAPTATION = Adaptation(steps=1000, lr=1e-4, lambda_lr=1e-3, mask_lr=1e-3, mask_steps=2000)
 PAPER_TRAINING = Training(images=0, steps=4000, batch_size=32, lr=1e-5, weight_decay=0, warmup=1)  # images: all
 
@@ -133,7 +136,7 @@ def miniature_suite(arguments: argparse.Namespace) -> Suite:
         load=miniature_images,
         normalise=miniature.normalise,
         training=MINIATURE_TRAINING,
-        scalings=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0),
+        scalings=(0.1, 0.2, 0.3, 0.4, 0.6, 1.0),
     )
     program = b"".join((HERE / file).read_bytes() for file in ("miniature.py", "drawing.py"))
     make_experts(suite, arguments, depends_on=program)
