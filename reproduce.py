@@ -3,6 +3,7 @@
     python reproduce.py            the eight tasks in miniature: everything embedded, no download, no GPU needed
     python reproduce.py ViT-B-32   the paper's experiment (also ViT-B-16, ViT-L-14): real CLIP weights and data sets
     python reproduce.py --experiment robustness     on corrupted images; also generalization, ablation, collapse
+    python reproduce.py bench      speed and memory, ours beside the literal per-sample loop and the dense model
     torchrun --nproc-per-node=4 reproduce.py ViT-L-14          the same on four GPUs
 
 A suite is data: tasks, zero-shot heads, test images, a pre-trained vision tower and its fine-tuned experts. A method
@@ -13,6 +14,7 @@ in `cache/` there, and a run started again goes on from it.
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import platform
@@ -35,10 +37,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import wemoe
 from data import clip, miniature, report
+from data.bench import medians, peak_bytes
+from data.claims import STATIC, check_collapse, check_generalization, check_miniature, check_published
 from data.clip import InputError
 from data.corruptions import CORRUPTIONS
 from data.moments import average_by, fisher_information, gram_matrices, least_squares, weigh_entries
 from data.suite import (
+    CURVE_IMAGES,
     SUITES,
     Suite,
     average_over_processes,
@@ -56,7 +61,6 @@ from data.suite import (
 )
 
 HERE = Path(__file__).parent
-CURVE_IMAGES = 40  # of each task, on which the accuracy is measured during adaptation
 SAMPLES = 32  # of each task's training images, for the methods that look at some
 
 
@@ -147,7 +151,7 @@ def learn_lambda(
 ) -> Merged:
     settings = suite.adaptation
     model = wemoe.AdaMerging(suite.pretrained, vectors, layer_wise=layer_wise, init_lambda=settings.init_lambda)
-    curve = adapt(suite, model.to(suite.device), name, folder, settings.steps, settings.lambda_lr)
+    curve = adapt(suite, model.to(suite.device), name, folder, settings.lambda_steps, settings.lambda_lr)
     weights = {entry: p.detach() for entry, p in model.merged().items()}
     return Merged(with_weights(suite, weights), {"adaptation": curve, "learned": model.lam.numel()})
 
@@ -282,12 +286,9 @@ class Method:
     needs_training_images: bool = False
 
 
-STATIC, GIVEN, LEARNED, REFERENCE = GROUPS = (
-    "static",
-    "given training images, or the task of every image",
-    "learned without labels",
-    "for reference",
-)
+GIVEN = "given training images, or the task of every image"
+LEARNED = "learned without labels"
+REFERENCE = "for reference"
 METHODS = {
     "Weight Averaging": Method(STATIC, averaged),
     "Task Arithmetic": Method(STATIC, task_arithmetic),
@@ -541,6 +542,7 @@ class Experiment:
     tasks: list[str] | None = None  # of the paper's suites; in the miniature, their counterparts
     splits: tuple[str, ...] = ()  # of the data sets, besides the test split
     seeds: int = 1
+    check: Callable[[dict, dict], list[dict]] = lambda columns, measured: []
 
 
 PUBLISHED = json.loads((HERE / "data" / "published.json").read_text(encoding="utf-8"))
@@ -595,7 +597,7 @@ def ablation(suite: Suite, methods: list[str]) -> list[Condition]:
     }
     conditions = [Condition("as it is", methods, {}, {"Average": suite.tasks})]
     for setting, alternatives in values.items():
-        for value in alternatives:
+        for value in dict.fromkeys(alternatives):
             if value != getattr(suite.adaptation, setting):
                 name = f"{setting} = {value:g}"
                 conditions.append(Condition(name, ["WEMoE"], {setting: value}, {"Average": suite.tasks}))
@@ -610,7 +612,9 @@ DEPTHS = ["WEMoE (0-layer)", "WEMoE (1-layer)", "WEMoE"]
 RANKS = [f"WEMoE (rank {r})" for r in (1, 2, 4, 8, 16, 32)]
 EXPERIMENTS = {
     "main": Experiment("every method on every task", main_experiment, MAIN),
-    "generalization": Experiment("six tasks merged, eight tested", generalization, ["Pre-trained", *SHIFTED]),
+    "generalization": Experiment(
+        "six tasks merged, eight tested", generalization, ["Pre-trained", *SHIFTED], check=check_generalization
+    ),
     "robustness": Experiment(
         "four tasks merged, tested under seven corruptions",
         robustness,
@@ -626,6 +630,7 @@ EXPERIMENTS = {
         FOUR_TASKS,
         ("impulse_noise",),
         seeds=5,
+        check=check_collapse,
     ),
 }
 
@@ -663,11 +668,12 @@ def run(arguments: argparse.Namespace) -> bool:
     if arguments.experiment == "main":
         methods = {name: entries[0] for name, entries in measured["main"].items()}
         results |= {"methods": list(methods.values()), "published": conditions[0].published}
-        results["claims"] = check_claims(suite, methods)
+        published = suite.published and check_published(suite.published, suite.tasks, methods)
+        results["claims"] = published or (check_miniature(methods) if suite.scalings else [])
         text = report.table(conditions[0].columns, measured["main"], conditions[0].published, details=True)
     else:
         results["conditions"] = [dict(asdict(c), methods=measured[c.name]) for c in conditions]
-        results["claims"] = CLAIMS.get(arguments.experiment, lambda *_: [])(conditions, measured)
+        results["claims"] = experiment.check({c.name: c.columns for c in conditions}, measured)
         text = report_of(conditions, measured)
     if rank() == 0:
         write(output / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
@@ -681,130 +687,6 @@ def run(arguments: argparse.Namespace) -> bool:
         say(f"{'✓' if claim['holds'] else '✗'} {claim['claim']}: {claim['detail']}")
     say(f"\nResults and figures are in {output}/.")
     return all(claim["holds"] for claim in results["claims"])
-
-
-# ------------------------------------------------------------------------------------------
-# The claims
-# ------------------------------------------------------------------------------------------
-
-
-def check_claims(suite: Suite, methods: dict[str, dict]) -> list[dict]:
-    return check_published(suite, methods) if suite.published else check_miniature(methods) if suite.scalings else []
-
-
-def check_published(suite: Suite, methods: dict[str, dict]) -> list[dict]:
-    """Our averages against the published ones: within 0.5 points, or 0.8 where something is learned.
-
-    Where the published figure depends on a choice that is not known (of training images, of λ, of steps), none is made.
-    """
-    claims = []
-    for name, row in suite.published.items():
-        if name in methods and name in COMPARABLE:
-            ours, theirs = methods[name]["average"], mean({task: row["accuracy"][task] for task in suite.tasks})
-            margin = 0.8 if "adaptation" in methods[name] else 0.5
-            text = f"{name} is within {margin} points of the published average ({row['source']})"
-            detail = f"{ours:.2f} against {theirs:.2f}"
-            claims.append({"claim": text, "holds": abs(ours - theirs) <= margin, "detail": detail})
-    return claims
-
-
-def check_miniature(methods: dict[str, dict]) -> list[dict]:
-    """The paper's claims, each on our own numbers; those about methods that were not run are left out."""
-    average = {name: method["average"] for name, method in methods.items()}
-    if "Task Arithmetic" in methods:  # the strongest static merge, at its best λ, which no label-free method could know
-        static = [method for method in methods.values() if method["group"] == STATIC]
-        points = [point["average"] for method in static for point in method.get("curve", [method])]
-        average["Best static"] = round(max(points), 2)
-    claims = []
-
-    def claim(text: str, needs: tuple[str, ...], holds: Callable[..., bool], detail: str = "") -> None:
-        if all(name in average for name in needs):
-            values = [average[name] for name in needs]
-            claims.append({"claim": text, "holds": bool(holds(*values)), "detail": detail.format(*values)})
-
-    claim(
-        "Every expert's task is within its reach: the individual models average at least 90 %",
-        ("Individual",), lambda i: i >= 90, "{0:.1f}",
-    )  # fmt: skip
-    claim(
-        "Static merging loses at least 8 points against the individual models, even at the best λ",
-        ("Best static", "Individual"), lambda s, i: s <= i - 8, "{0:.1f} ≤ {1:.1f} - 8",
-    )  # fmt: skip
-    claim(
-        "The order is the paper's: pre-trained < averaging and task arithmetic < WEMoE ≤ individual",
-        ("Pre-trained", "Weight Averaging", "Task Arithmetic", "WEMoE", "Individual"),
-        lambda p, a, t, w, i: p < min(a, t) and max(a, t) < w <= i,
-        "{0:.1f} < {1:.1f}, {2:.1f} < {3:.1f} ≤ {4:.1f}",
-    )
-    claim(
-        "WEMoE is at least 5 points better than every static merge",
-        ("WEMoE", "Best static"), lambda w, s: w >= s + 5, "{0:.1f} ≥ {1:.1f} + 5",
-    )  # fmt: skip
-    claim(
-        "WEMoE recovers at least 95 % of the individual models' accuracy",
-        ("WEMoE", "Individual"), lambda w, i: w >= 0.95 * i, "{0:.1f} ≥ 0.95 · {1:.1f}",
-    )  # fmt: skip
-    claim(
-        "Routers that look at the input are not worse than constant ones",
-        ("WEMoE (0-layer)", "WEMoE (1-layer)", "WEMoE"), lambda zero, one, two: zero <= min(one, two),
-        "0, 1, 2 layers: {0:.1f}, {1:.1f}, {2:.1f}",
-    )  # fmt: skip
-    if "WEMoE" in methods:
-        curve = methods["WEMoE"]["adaptation"]
-        tenth = max(1, len(curve["entropy"]) // 10)
-        entropy = [sum(part) / tenth for part in (curve["entropy"][:tenth], curve["entropy"][-tenth:])]
-        accuracy = [curve["accuracy"][0], curve["accuracy"][-1]]
-        claims.append({
-            "claim": f"As the entropy falls, accuracy rises (on {CURVE_IMAGES} test images of each task)",
-            "holds": entropy[1] < entropy[0] and accuracy[1] > accuracy[0],
-            "detail": "entropy {:.2f} → {:.2f} nats, accuracy {:.1f} → {:.1f}".format(*entropy, *accuracy),
-        })  # fmt: skip
-    return claims
-
-
-COMPARABLE = ("Pre-trained", "Individual", "Weight Averaging", "Task Arithmetic", "WEMoE (1-layer)", "WEMoE", "E-WEMoE")
-
-
-def check_generalization(conditions: list[Condition], measured: dict) -> list[dict]:
-    claims = []
-    for condition in conditions:
-        seen = {n: report.averages(e, condition.columns["Seen"])[0] for n, e in measured[condition.name].items()}
-        if len(seen) > 1 and "WEMoE" in seen:
-            best = max(value for name, value in seen.items() if name != "WEMoE")
-            text = f"WEMoE is the best on the tasks that were {condition.name}"
-            detail = f"{seen['WEMoE']:.1f} > {best:.1f}"
-            claims.append({"claim": text, "holds": seen["WEMoE"] > best, "detail": detail})
-    return claims
-
-
-def check_collapse(conditions: list[Condition], measured: dict) -> list[dict]:
-    """Means over seeds: the worst task under noise, and what the cure gives there and costs on clean images."""
-    if not all(set(EXPERIMENTS["collapse"].methods) <= set(measured[c.name]) for c in conditions):
-        return []
-    tasks = conditions[0].columns["Average"]
-    value = {
-        (c.name, name, task): statistics.mean(entry["accuracy"][task] for entry in entries)
-        for c in conditions
-        for name, entries in measured[c.name].items()
-        for task in tasks
-    }
-    average = {(c, m): statistics.mean(value[c, m, task] for task in tasks) for c, m, _ in value}
-    noise = conditions[1].name
-    worst = min(tasks, key=lambda task: value[noise, "WEMoE", task] - value[noise, "Task Arithmetic", task])
-    ta, plain, cured = (value[noise, name, worst] for name in EXPERIMENTS["collapse"].methods)
-    gain = average[noise, "WEMoE + diversity"] - average[noise, "WEMoE"]
-    cost = average["clean", "WEMoE"] - average["clean", "WEMoE + diversity"]
-    claims = (
-        (f"Under {noise}, adaptation makes one task ({worst}) worse than task arithmetic leaves it", plain < ta,
-         f"{plain:.1f} < {ta:.1f}"),
-        ("With diverse predictions it does not, and the average is better", cured > ta and gain > 0,
-         f"{worst} {cured:.1f} > {ta:.1f}, average {gain:+.1f}"),
-        ("which costs at most half a point on clean images", cost <= 0.5, f"{-cost:+.1f}"),
-    )  # fmt: skip
-    return [{"claim": claim, "holds": holds, "detail": detail} for claim, holds, detail in claims]
-
-
-CLAIMS = {"generalization": check_generalization, "collapse": check_collapse}
 
 
 # ------------------------------------------------------------------------------------------
@@ -867,6 +749,139 @@ def draw(experiment: str, suite: Suite, conditions: list[Condition], measured: d
 
 
 # ------------------------------------------------------------------------------------------
+# The benchmark: dense model, WEMoE, and WEMoE written as a loop over samples
+# ------------------------------------------------------------------------------------------
+
+
+class PerSampleLoop(nn.Module):
+    """What a WEMoE module computes, word by word: sample after sample, each through weights merged for it alone."""
+
+    def __init__(self, module: wemoe.WEMoE):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        theta_0, tau = dict(self.module.pretrained.named_parameters()), self.module.task_vectors
+        outputs = []
+        for sample, lam in zip(x, self.module.router(x)):
+            theta = {name: p + torch.tensordot(lam, tau[name], dims=1) for name, p in theta_0.items()}
+            outputs.append(torch.func.functional_call(self.module.pretrained, theta, (sample[None],)))
+        return torch.cat(outputs)
+
+
+def as_loop(model: nn.Module) -> nn.Module:
+    """A copy that shares all weights with the model."""
+    loop = copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
+    for name, module in list(loop.named_modules()):
+        if isinstance(module, wemoe.WEMoE):
+            parent, _, child = name.rpartition(".")
+            setattr(loop.get_submodule(parent), child, PerSampleLoop(module))
+    return loop
+
+
+@torch.no_grad()
+def random_towers(arch: str, tasks: int, device: str, **options) -> tuple[nn.Module, nn.Module]:
+    """A vision tower with random weights, and one upscaled from it and `tasks` others near it."""
+    torch.manual_seed(0)
+    dense = open_clip.create_model(clip.ARCHITECTURES[arch].model).visual.eval().requires_grad_(False)
+    finetuned = [copy.deepcopy(dense) for _ in range(tasks)]
+    for p in itertools.chain.from_iterable(model.parameters() for model in finetuned):
+        p.add_(torch.randn_like(p), alpha=1e-3)
+    ours = wemoe.upscale(dense, finetuned, **options)
+    for name, p in dense.named_parameters():  # what a step is compared with: one weight's gradient in each MLP
+        p.requires_grad_(name.endswith("mlp.c_fc.weight"))
+    return dense.to(device), ours.to(device)
+
+
+def random_images(arch: str, batch: int, device: str) -> Tensor:
+    return torch.randn(batch, 3, *clip.preprocessing(clip.ARCHITECTURES[arch]).size, device=device)
+
+
+def forward_of(model: nn.Module, x: Tensor, kind: str) -> Callable[[], Tensor]:
+    return torch.no_grad()(precision(x.device, kind)(partial(model, x)))
+
+
+def step_of(model: nn.Module, x: Tensor, kind: str) -> Callable[[], None]:
+    """One task's part of a step of adaptation: forward, entropy, backward."""
+
+    def step() -> None:
+        with precision(x.device, kind):
+            features = model(x)
+        head = torch.linspace(-1, 1, 100 * features.shape[1], device=x.device).view(features.shape[1], 100)
+        wemoe.entropy(features.float() @ head).mean().backward()
+        model.zero_grad()
+
+    return step
+
+
+def step_alone(which: int, arch: str, tasks: int, batch: int, device: str, kind: str) -> tuple[Callable, torch.device]:
+    """For a process of its own: a step of the dense model (0) or of ours (1), after a small one that warms up."""
+    model, x = random_towers(arch, tasks, device)[which], random_images(arch, batch, device)
+    step_of(model, x[:1], kind)()
+    return step_of(model, x, kind), x.device
+
+
+def bench(arguments: argparse.Namespace) -> bool:
+    """Time and memory of WEMoE beside the dense model and the loop. Returns whether every bound is kept."""
+    arch, tasks, device, kind = arguments.arch, arguments.tasks, arguments.device, arguments.precision
+    output, gpu, rows = arguments.output / "bench", device != "cpu", []
+    output.mkdir(parents=True, exist_ok=True)
+    torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
+    machine = torch.cuda.get_device_name(device) if gpu else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    say(f"{arch}, {tasks} tasks, {kind}; {machine}")
+
+    def row(what: str, value: float, bound: float, most: bool = True) -> None:
+        holds = value <= bound if most else value >= bound
+        rows.append({"what": what, "measured": round(value, 2), "bound": bound, "holds": holds})
+        say(f"{'✓' if holds else '✗'} {what}: {value:.2f} ({'at most' if most else 'at least'} {bound})")
+
+    def forwards(x: Tensor, **models: nn.Module) -> dict[str, float]:
+        return medians({name: forward_of(model, x, kind) for name, model in models.items()}, x.device)
+
+    dense, ours = random_towers(arch, tasks, device)
+    loop, x = as_loop(ours), random_images(arch, 3, device)
+    expected, found = (forward_of(model, x, "float32")() for model in (loop, ours))
+    if (error := (expected - found).abs().max() / expected.abs().max()) > (1e-2 if kind == "tf32" else 1e-4):
+        raise FloatingPointError(f"what is timed differs from the loop by {error:.1e} of the largest output")
+    times = {"batch": {}, "tasks": {}}
+    for batch in sorted(arguments.batch):
+        seconds = times["batch"][batch] = forwards(
+            random_images(arch, batch, device), dense=dense, ours=ours, loop=loop
+        )
+        row(f"forward, B = {batch}: ours / dense", seconds["ours"] / seconds["dense"], 2.0 if gpu else 1.4)
+        row(f"forward, B = {batch}: loop / ours", seconds["loop"] / seconds["ours"], 20 if gpu else 3.5, most=False)
+    x = random_images(arch, min(arguments.batch), device)
+    times["step"] = medians({name: step_of(m, x, kind) for name, m in (("dense", dense), ("ours", ours))}, x.device)
+    row(f"adaptation step, B = {len(x)}: ours / dense", times["step"]["ours"] / times["step"]["dense"], 2.0)
+    for count in (2, 20):
+        more = random_towers(arch, count, device)[1]
+        seconds = forwards(x, dense=dense, ours=more, usual=ours)
+        times["tasks"].update({count: {"dense": seconds["dense"], "ours": seconds["ours"]}})
+        times["tasks"][tasks] = {"dense": seconds["dense"], "ours": seconds["usual"]}
+    row(f"forward, B = {len(x)}: 20 tasks / {tasks} tasks", seconds["ours"] / seconds["usual"], 1.25)
+    del more, loop
+    low = random_towers(arch, tasks, device, rank=16)[1]
+    seconds = times["rank 16"] = forwards(x, dense=dense, low=low)
+    row(f"forward, B = {len(x)}: rank 16 / dense", seconds["low"] / seconds["dense"], 1.25)
+    del low, ours, dense
+    peaks = [peak_bytes(step_alone, which, arch, tasks, len(x), device, kind) for which in (0, 1)]
+    times["peak_bytes"] = dict(zip(("dense", "ours"), peaks))
+    row(f"memory of a step, B = {len(x)}, beyond the model: ours / dense", peaks[1] / peaks[0], 1.5)
+    results = {"arch": arch, "tasks": tasks, "machine": machine, "precision": kind, "rows": rows, **times}
+    write(output / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
+    figure = report.draw_times(times["batch"], dict(sorted(times["tasks"].items())))
+    write(output / "time.png", partial(report.save, figure))
+    say(f"Results and a plot are in {output}/.")
+    return all(row["holds"] for row in rows)
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return names[0] if names else platform.machine()
+
+
+# ------------------------------------------------------------------------------------------
 # The command line
 # ------------------------------------------------------------------------------------------
 
@@ -874,6 +889,26 @@ def draw(experiment: str, suite: Suite, conditions: list[Condition], measured: d
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise InputError(message)
+
+
+def parse_bench_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="reproduce.py bench",
+        description="Time and memory of WEMoE beside the dense model and a loop over samples, with random weights.",
+        epilog="Exit status: 0 if every bound is kept, 1 if one is not, 2 for a usage error or bad input.",
+    )
+    add = parser.add_argument
+    add("--arch", default="ViT-B-32", choices=clip.ARCHITECTURES, help="default: %(default)s")
+    add("--tasks", type=int, default=8, metavar="T", help="default: %(default)s")
+    add("--batch", type=int, nargs="+", default=[16, 64], metavar="B", help="default: 16 64")
+    add("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
+    add("--precision", choices=(*PRECISIONS, "tf32"), default="float32", help="default: %(default)s")
+    add("--output", type=Path, default=Path("results"), help="a folder (default: %(default)s)")
+    parsed = parser.parse_args(arguments)
+    if parsed.tasks < 1 or min(parsed.batch) < 1:
+        raise InputError("--tasks and --batch take numbers from 1")
+    parsed.device = choose_device(parsed.device)
+    return parsed
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -886,7 +921,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("suite", nargs="?", default="miniature", choices=SUITES, help="default: %(default)s")
     experiments = "; ".join(f"{name}: {experiment.about}" for name, experiment in EXPERIMENTS.items())
     add("--experiment", default="main", metavar="NAME", help=f"{experiments} (default: %(default)s)")
-    add("--tasks", nargs="+", metavar="TASK", help="in the main experiment, only these tasks (default: all eight)")
+    add("--tasks", nargs="+", metavar="TASK", help="in main and ablation, only these tasks (default: all eight)")
     add("--methods", nargs="+", metavar="METHOD", help=METHODS_HELP)
     add("--steps", type=int, help="adaptation steps (default: 160 in the miniature, 1000 in the paper)")
     add("--seed", type=int, default=0, help="of fine-tuning and adaptation (default: %(default)s)")
@@ -907,8 +942,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parsed = parser.parse_args(arguments)
     (parsed.experiment,) = choose("experiment", [parsed.experiment], list(EXPERIMENTS))
     experiment, paper = EXPERIMENTS[parsed.experiment], parsed.suite != "miniature"
-    if parsed.tasks and parsed.experiment != "main":
-        raise InputError(f"--tasks is for the main experiment; {parsed.experiment} has its own")
+    if parsed.tasks and parsed.experiment not in ("main", "ablation"):
+        raise InputError(f"--tasks is for the experiments main and ablation; {parsed.experiment} has its own")
     if experiment.tasks:
         names = dict(zip(clip.TASKS, miniature.TASKS))
         parsed.tasks = [task if paper else names[task] for task in experiment.tasks]
@@ -976,6 +1011,9 @@ def main(arguments: list[str] | None = None) -> int:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():  # started by torchrun
         dist.init_process_group()
     try:
+        arguments = sys.argv[1:] if arguments is None else arguments
+        if arguments[:1] == ["bench"]:
+            return 0 if bench(parse_bench_arguments(arguments[1:])) else 1
         return 0 if run(parse_arguments(arguments)) else 1
     except (InputError, OSError, FloatingPointError) as error:
         print(f"reproduce.py: error: {error}", file=sys.stderr)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import types
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +40,7 @@ from torch.func import functional_call
 
 import reproduce
 import wemoe
-from data import authors, clip, miniature, suite
+from data import authors, bench, claims, clip, miniature, suite
 from data.corruptions import CORRUPTIONS, corrupt
 from data.moments import average_by, fisher_information, gram_matrices, least_squares, weigh_entries
 from wemoe import Router, WEMoE, adapt, entropy, routing_weights, task_arithmetic, task_vector, upscale
@@ -2476,6 +2477,123 @@ def test_an_error_in_a_worker_is_reported_like_any_other(small, monkeypatch, cap
     assert "The entropy of task 'Signs' is nan at step 1 of 2" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "experiment, methods, conditions",
+    [
+        ("generalization", ["Pre-trained", "RegMean", "Task Arithmetic"], 2),
+        ("robustness", ["Task Arithmetic", "AdaMerging (layer-wise)"], 8),
+        ("ablation", ["WEMoE", "WEMoE (rank 4)"], 1 + 3 + 1 + 4 + 4),
+        ("collapse", ["Task Arithmetic", "WEMoE + diversity"], 2),
+    ],
+)
+def test_experiments_from_end_to_end(experiment, methods, conditions, monkeypatch, tmp_path, capsys):
+    """Every condition with every method: tables with the right tasks and averages, and figures."""
+    monkeypatch.setattr(suite, "MINIATURE_TRAINING", TRAINING)
+    monkeypatch.setattr(suite, "TEST_IMAGES", 12)
+    chosen = reproduce.EXPERIMENTS[experiment]
+    monkeypatch.setitem(reproduce.EXPERIMENTS, experiment, replace(chosen, seeds=min(2, chosen.seeds)))
+    options = ["--steps", "2", "--workers", "1", "--output", str(tmp_path)]
+    tasks = ["--tasks", "signs", "digits"] if experiment == "ablation" else []
+    assert reproduce.main(["--experiment", experiment, "--methods", *methods, *options, *tasks]) in (0, 1)
+    folder = tmp_path / "miniature" / experiment
+    results = json.loads((folder / "results.json").read_text())
+    assert results["experiment"] == experiment and len(results["conditions"]) == conditions
+    table = (folder / "table.md").read_text()
+    assert table in capsys.readouterr().out and (folder / f"{experiment}.png").exists()
+    for condition in results["conditions"]:
+        for name, entries in condition["methods"].items():
+            assert len(entries) == min(2, chosen.seeds)
+            for average, tasks in condition["columns"].items():
+                values = [np.mean([entry["accuracy"][task] for task in tasks]) for entry in entries]
+                assert f"{np.mean(values):.1f}" in table and average in table, (name, tasks)
+    outcomes = [
+        dict(c["methods"][methods[0]][0], seconds=0) for c in results["conditions"] if methods[0] in c["methods"]
+    ]
+    assert any(outcome != outcomes[0] for outcome in outcomes)  # conditions make a difference
+    if experiment == "generalization":
+        assert results["conditions"][0]["columns"]["Unseen"] == ["Digits", "LandUse"]
+    if experiment == "collapse":
+        assert " ± " in table
+
+
+def test_variants_of_a_suite():
+    """Fewer experts, corrupted images of the same tasks, other settings; the suite itself stays as it is."""
+    images = {task: miniature.render(task, "test", 4, seed=1) for task in ("Signs", "Digits")}
+    whole = suite.Suite(
+        *("name", 0, torch.device("cpu"), "float32", TRAINING, suite.MINIATURE_ADAPTATION, nn.Identity()),
+        heads=dict.fromkeys(images), test=images, load=suite.miniature_images, normalise=nn.Identity(),
+        experts=dict.fromkeys(images, nn.Identity()),
+    )  # fmt: skip
+    part = whole.variant(experts=("Digits",), split="contrast", lr=0.5)
+    assert list(part.experts) == ["Digits"] and part.tasks == ["Signs", "Digits"] and part.adaptation.lr == 0.5
+    assert not torch.equal(part.test["Signs"][0][:4], images["Signs"][0])
+    assert torch.equal(part.test["Signs"][1][:4], images["Signs"][1])
+    assert list(whole.experts) == ["Signs", "Digits"] and whole.adaptation == suite.MINIATURE_ADAPTATION
+
+
+def entries(**accuracy: float) -> list[dict]:
+    return [{"accuracy": accuracy}]
+
+
+def test_claims_about_unseen_tasks_and_collapse():
+    columns = {"without C": {"Seen": ["A", "B"], "Unseen": ["C"]}}
+    measured = {"without C": {"WEMoE": entries(A=90, B=80, C=10), "RegMean": entries(A=89, B=79, C=99)}}
+    assert [claim["holds"] for claim in claims.check_generalization(columns, measured)] == [True]
+    measured["without C"]["RegMean"] = entries(A=95, B=79, C=9)
+    assert [claim["holds"] for claim in claims.check_generalization(columns, measured)] == [False]
+
+    columns, ta, cured = (
+        dict.fromkeys(("clean", "noise"), {"Average": ["A", "B"]}),
+        "Task Arithmetic",
+        "WEMoE + diversity",
+    )
+    base = {
+        "clean": {ta: entries(A=80, B=80), "WEMoE": entries(A=95, B=95), cured: entries(A=94, B=95.2)},
+        "noise": {ta: entries(A=50, B=50), "WEMoE": entries(A=9, B=90), cured: entries(A=70, B=80)},
+    }
+    assert [claim["holds"] for claim in claims.check_collapse(columns, base)] == [True, True, True]
+    for condition, method, accuracy, verdict in (
+        ("noise", "WEMoE", entries(A=60, B=60), [False, True, True]),
+        ("noise", "WEMoE + diversity", entries(A=40, B=90), [True, False, True]),
+        ("clean", "WEMoE + diversity", entries(A=93, B=95), [True, True, False]),
+    ):
+        changed = {**base, condition: {**base[condition], method: accuracy}}
+        assert [claim["holds"] for claim in claims.check_collapse(columns, changed)] == verdict
+    del base["noise"]["WEMoE"]
+    assert claims.check_collapse(columns, base) == []
+
+
+def test_bench_measures_ours_the_loop_and_the_dense_model(monkeypatch, tmp_path, capsys):
+    """On a tiny tower, where bounds mean nothing: what is timed is equal, everything is reported and kept."""
+    tiny_clip = clip.ARCHITECTURES["ViT-B-32"]._replace(model=TINY.model)
+    monkeypatch.setitem(clip.ARCHITECTURES, "ViT-B-32", tiny_clip)
+
+    def once(calls, device):
+        return {name: 1.0 for name, call in calls.items() if [call()]}
+
+    monkeypatch.setattr(reproduce, "medians", once)
+    monkeypatch.setattr(reproduce, "peak_bytes", lambda function, which, *rest: 1000 + which)
+    options = ["--device", "cpu", "--output", str(tmp_path)]
+    assert reproduce.main(["bench", "--tasks", "2", "--batch", "2", "3", *options]) == 1
+    results = json.loads((tmp_path / "bench" / "results.json").read_text())
+    assert len(results["rows"]) == 2 * 2 + 4 and (tmp_path / "bench" / "time.png").exists()
+    assert capsys.readouterr().out.count("loop / ours") == 2
+    monkeypatch.setattr(reproduce.PerSampleLoop, "forward", lambda self, x: x + 1)
+    assert reproduce.main(["bench", *options]) == 2
+    assert "differs from the loop" in capsys.readouterr().err
+
+
+def allocate(count: int) -> tuple:
+    return (lambda: torch.ones(count).sum()), torch.device("cpu")
+
+
+def test_medians_and_peaks_are_measured():
+    calls = {"one": lambda: None, "other": lambda: None}
+    assert bench.medians(calls, torch.device("cpu"), seconds=0).keys() == calls.keys()
+    few, many = (bench.measure_peak(allocate, count) for count in (1000, 2**24))
+    assert many - few > 2**25  # of 2**26 bytes
+
+
 def test_the_seed_decides(small):
     names = ["--methods", "individual", "WEMoE"]
     runs = [without_timings(small(*names, "--seed", seed, output=folder)[1]) for seed, folder in ("1a", "1b", "2c")]
@@ -2489,7 +2607,7 @@ def test_the_seed_decides(small):
         (["--tasks", "Weather"], "unknown task 'Weather': choose among 'Scenes', 'Cars'"),
         (["--methods", "TIE"], "unknown method 'TIE': choose among 'Weight Averaging', 'Task Arithmetic'"),
         (["--experiment", "none"], "unknown experiment 'none': choose among 'main', 'generalization'"),
-        (["--experiment", "ablation", "--tasks", "Signs"], "--tasks is for the main experiment"),
+        (["--experiment", "robustness", "--tasks", "Signs"], "--tasks is for the experiments main and ablation"),
         (["--steps", "0"], "--steps 0: a number from 1 to"),
         (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
         (["--seed", "-1"], "--seed -1: a number from 0 to"),

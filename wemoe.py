@@ -422,10 +422,12 @@ class _MergedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, lam, theta = ctx.saved_tensors
-        dx, dlam = torch.zeros_like(x), torch.zeros_like(lam)
+        dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None  # not in the first routed module of a model
+        dlam = torch.zeros_like(lam)
         with torch.autocast(x.device.type, enabled=False):
             for rows, w, tau in _merged_tiles(lam, theta, ctx.form):
-                dx.baddbmm_(dy[..., rows], w.to(x.dtype))
+                if dx is not None:
+                    dx.baddbmm_(dy[..., rows], w.to(x.dtype))
                 dw = (dy[..., rows].mT @ x).to(lam.dtype)  # (B, rows, D_in)
                 dlam.addmm_(dw.flatten(1), tau.mT)  # <dw_b, τ_t>
         return dx, dlam, None, None

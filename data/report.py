@@ -163,3 +163,15 @@ def draw_ablation(settings: dict[str, dict[str, float]]) -> Figure:
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("average accuracy (%)")
     return figure
+
+
+def draw_times(by_batch: dict[int, dict[str, float]], by_tasks: dict[int, dict[str, float]]) -> Figure:
+    """Seconds of a forward pass against the batch size, and against the number of tasks."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axis, points, label in zip(axes, (by_batch, by_tasks), ("batch size B", "tasks T")):
+        for name in dict.fromkeys(name for seconds in points.values() for name in seconds):
+            known = {x: seconds[name] for x, seconds in points.items() if name in seconds}
+            axis.plot(list(known), list(known.values()), "o-", label=name)
+        axis.set(xlabel=label, ylabel="seconds a forward pass", xscale="log", yscale="log")
+        axis.legend()
+    return figure

@@ -33,6 +33,7 @@ from data.corruptions import corrupt
 
 HERE = Path(__file__).parent
 TEST_IMAGES = 400  # of each task of the miniature
+CURVE_IMAGES = 40  # of each task, on which the accuracy is measured during adaptation
 SEVERITY = 3  # of its corruptions: at 5, task arithmetic has 30 % left of 94 %
 
 
@@ -55,6 +56,7 @@ class Adaptation:
     steps: int
     lr: float  # of routers
     lambda_lr: float  # of the λ of AdaMerging
+    lambda_steps: int
     mask_lr: float  # of Concrete masks
     mask_steps: int
     batch_size: int = 16  # of each task
@@ -66,9 +68,9 @@ class Adaptation:
 
 MINIATURE_TRAINING = Training()
 MINIATURE_ADAPTATION = Adaptation(
-    steps=160, lr=8e-4, lambda_lr=1.6e-2, mask_lr=3e-2, mask_steps=60, batch_size=8, evaluations=5
+    steps=160, lr=8e-4, lambda_lr=1.6e-2, lambda_steps=120, mask_lr=3e-2, mask_steps=60, batch_size=8, evaluations=5
 )
-PAPER_ADAPTATION = Adaptation(steps=1000, lr=1e-4, lambda_lr=1e-3, mask_lr=1e-3, mask_steps=2000)
+PAPER_ADAPTATION = Adaptation(steps=1000, lr=1e-4, lambda_lr=1e-3, lambda_steps=1000, mask_lr=1e-3, mask_steps=2000)
 PAPER_TRAINING = Training(images=0, steps=4000, batch_size=32, lr=1e-5, weight_decay=0, warmup=1)  # images: all
 
 
@@ -220,8 +222,8 @@ OUR_NAMES = {
 
 def settings_of_adaptation(arguments: argparse.Namespace, default: Adaptation) -> Adaptation:
     steps, precision = arguments.steps or default.steps, arguments.adapt_precision or default.precision
-    mask_steps = max(1, round(default.mask_steps * steps / default.steps))
-    return replace(default, steps=steps, mask_steps=mask_steps, precision=precision)
+    others = {k: max(1, round(getattr(default, k) * steps / default.steps)) for k in ("lambda_steps", "mask_steps")}
+    return replace(default, steps=steps, precision=precision, **others)
 
 
 def make_experts(suite: Suite, arguments: argparse.Namespace, depends_on: bytes = b"") -> None:
@@ -300,7 +302,7 @@ def write(file: Path, save: Callable[[Path], object]) -> None:
 
 
 def precision(device: torch.device, name: str):
-    return torch.autocast(device.type, getattr(torch, name), enabled=name != "float32")
+    return torch.autocast(device.type, torch.bfloat16, enabled=name == "bfloat16")
 
 
 def rank() -> int:
