@@ -16,6 +16,7 @@ import argparse
 import copy
 import itertools
 import json
+import logging
 import os
 import platform
 import re
@@ -783,7 +784,9 @@ def as_loop(model: nn.Module) -> nn.Module:
 def random_towers(arch: str, tasks: int, device: str, **options) -> tuple[nn.Module, nn.Module]:
     """A vision tower with random weights, and one upscaled from it and `tasks` others near it."""
     torch.manual_seed(0)
+    logging.disable(logging.WARNING)  # that the weights are random
     dense = open_clip.create_model(clip.ARCHITECTURES[arch].model).visual.eval().requires_grad_(False)
+    logging.disable(logging.NOTSET)
     finetuned = [copy.deepcopy(dense) for _ in range(tasks)]
     for p in itertools.chain.from_iterable(model.parameters() for model in finetuned):
         p.add_(torch.randn_like(p), alpha=1e-3)
