@@ -2506,9 +2506,8 @@ def test_experiments_from_end_to_end(experiment, methods, conditions, monkeypatc
             for average, tasks in condition["columns"].items():
                 values = [np.mean([entry["accuracy"][task] for task in tasks]) for entry in entries]
                 assert f"{np.mean(values):.1f}" in table and average in table, (name, tasks)
-    outcomes = [
-        dict(c["methods"][methods[0]][0], seconds=0) for c in results["conditions"] if methods[0] in c["methods"]
-    ]
+    outcomes = [c["methods"].get(methods[-1], c["methods"].get("WEMoE"))[0] for c in results["conditions"]]
+    outcomes = [dict(outcome, name="", seconds=0) for outcome in outcomes]
     assert any(outcome != outcomes[0] for outcome in outcomes)  # conditions make a difference
     if experiment == "generalization":
         assert results["conditions"][0]["columns"]["Unseen"] == ["Digits", "LandUse"]
@@ -2590,8 +2589,7 @@ def allocate(count: int) -> tuple:
 def test_medians_and_peaks_are_measured():
     calls = {"one": lambda: None, "other": lambda: None}
     assert bench.medians(calls, torch.device("cpu"), seconds=0).keys() == calls.keys()
-    few, many = (bench.measure_peak(allocate, count) for count in (1000, 2**24))
-    assert many - few > 2**25  # of 2**26 bytes
+    assert 2**25 < bench.peak_bytes(allocate, 2**24) < 2**28  # 2**26 bytes, and what else torch takes
 
 
 def test_the_seed_decides(small):
