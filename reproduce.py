@@ -166,11 +166,11 @@ def concrete(suite: Suite, name: str, folder: Path, then_lambda: bool = False) -
     model = ConcreteMask(suite.pretrained, list(task_vectors(suite))).to(suite.device)
     what, file = (f"{name}, mask", "mask.pt") if then_lambda else (name, "adaptation.pt")
     curve = adapt(suite, model, what, folder, settings.mask_steps, settings.mask_lr, file)
+    with torch.no_grad():
+        merged, masks = model.merged(), {entry: mask.cpu() for entry, mask in model.masks().items()}
     if not then_lambda:
-        weights = {entry: p.detach() for entry, p in model.merged().items()}
         learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return Merged(with_weights(suite, weights), {"adaptation": curve, "learned": learned})
-    masks = {entry: mask.detach().cpu() for entry, mask in model.masks().items()}
+        return Merged(with_weights(suite, merged), {"adaptation": curve, "learned": learned})
     vectors = [{entry: masks[entry] * value for entry, value in tau.items()} for tau in task_vectors(suite)]
     return learn_lambda(suite, name, folder, vectors)
 
@@ -179,7 +179,7 @@ class ConcreteMask(wemoe.AdaMerging):
     """θ_0 + m / mean(m) ∘ Σ_t λ τ_t: one mask m over the parameters, the mean taken in each tensor, λ constant.
 
     m = σ((x + ln u/(1-u)) / 0.5) with trainable logits x, 0 at first, and u uniform, drawn anew at every forward
-    pass, is the Concrete relaxation of a binary mask (Tang et al., arXiv 2312.06173); u = 1/2 in evaluation.
+    pass, is the Concrete relaxation of a binary mask (Tang et al., arXiv 2312.06173); u = 1/2 without gradients.
     """
 
     def __init__(self, pretrained: nn.Module, task_vectors: Sequence[dict[str, Tensor]]):
@@ -222,7 +222,7 @@ def twin(suite: Suite, name: str, folder: Path, rank: int = 16) -> Merged:
     router.tower = model.pretrained  # the same weights, once in memory
     with torch.no_grad():
         features = [router.features(suite.images(samples(suite, task)[0])) for task in suite.experts]
-    labels = torch.arange(len(features), device=suite.device).repeat_interleave(SAMPLES)[: sum(map(len, features))]
+    labels = torch.cat([torch.full((len(f),), task, device=suite.device) for task, f in enumerate(features)])
     optimizer = torch.optim.Adam(router.classifier.parameters(), lr=1e-2)
     for _ in range(300):
         optimizer.zero_grad()
