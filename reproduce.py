@@ -726,11 +726,11 @@ def draw(experiment: str, suite: Suite, conditions: list[Condition], measured: d
             shown["routing"] = report.draw_routing(suite.tasks, methods["WEMoE"]["routing"])
         return shown
     if experiment == "generalization":
-        groups = {f"{c.name}:\n{part}": (c.name, tasks) for c in conditions for part, tasks in c.columns.items()}
-        bars = {
-            g: {n: report.averages(e, tasks)[0] for n, e in measured[c].items()} for g, (c, tasks) in groups.items()
+        labels = {c.name: c.name.replace("without ", "without\n") for c in conditions}
+        groups = {
+            f"{labels[c.name]}:\n{part}": (c.name, tasks) for c in conditions for part, tasks in c.columns.items()
         }
-        return {"generalization": report.draw_conditions(bars)}
+        return {"generalization": report.draw_conditions(bars(measured, groups))}
     if experiment == "ablation":
         panels = {"router layers": dict(zip((0, 1, 2), map(average["as it is"].get, DEPTHS)))}
         panels["rank"] = {int(re.search(r"\d+", name)[0]): average["as it is"].get(name) for name in RANKS}
@@ -742,10 +742,21 @@ def draw(experiment: str, suite: Suite, conditions: list[Condition], measured: d
             )
         panels = {name: {x: y for x, y in points.items() if y is not None} for name, points in panels.items()}
         return {"ablation": report.draw_ablation({name: points for name, points in panels.items() if points})}
+    groups = {c.name: (c.name, suite.tasks) for c in conditions}
+    if experiment == "collapse":  # task by task
+        groups = {f"{c.name}:\n{task}": (c.name, [task]) for c in conditions for task in suite.tasks}
     samples = {c.name: torch.cat([suite.variant(**c.change).test[t][0][:6] for t in suite.tasks]) for c in conditions}
     return {
         "tasks": report.draw_tasks({name: (images, None) for name, images in samples.items()}),
-        experiment: report.draw_conditions(average),
+        experiment: report.draw_conditions(bars(measured, groups)),
+    }
+
+
+def bars(measured: dict, groups: dict[str, tuple[str, list[str]]]) -> dict[str, dict[str, list[float]]]:
+    """Group -> method -> the average accuracy over the group's tasks under its condition, for every seed."""
+    return {
+        group: {name: report.averages(entries, tasks) for name, entries in measured[condition].items()}
+        for group, (condition, tasks) in groups.items()
     }
 
 

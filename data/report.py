@@ -1,5 +1,6 @@
 """The report of an experiment: numbers in, tables as Markdown and pictures as matplotlib figures out."""
 
+import itertools
 import statistics
 from pathlib import Path
 
@@ -79,24 +80,32 @@ def draw_accuracy(tasks: list[str], methods: list[dict]) -> Figure:
     """A heat map of the table: methods by tasks."""
     values = [[*(method["accuracy"][task] for task in tasks), method["average"]] for method in methods]
     figure, axis = plt.subplots(figsize=(1.05 * len(tasks) + 3, 0.45 * len(methods) + 1), layout="constrained")
-    axis.imshow(values, cmap="viridis", vmin=0, vmax=100, aspect="auto")
+    lowest = min(map(min, values))
+    axis.imshow(values, cmap="viridis", vmin=lowest, vmax=100, aspect="auto")
     axis.set_xticks(range(len(tasks) + 1), [*tasks, "Average"])
     axis.set_yticks(range(len(methods)), [method["name"] for method in methods])
     axis.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
     for y, row in enumerate(values):
         for x, value in enumerate(row):
             bold = "bold" if x == len(tasks) else "normal"
-            axis.text(x, y, f"{value:.1f}", ha="center", va="center", color="k" if value > 60 else "w", weight=bold)
+            colour = "k" if value > (lowest + 100) / 2 else "w"
+            axis.text(x, y, f"{value:.1f}", ha="center", va="center", color=colour, weight=bold)
     axis.axvline(len(tasks) - 0.5, color="w", linewidth=3)
+    for y, (above, below) in enumerate(itertools.pairwise(methods)):
+        if above["group"] != below["group"]:
+            axis.axhline(y + 0.5, color="w", linewidth=3)
     return figure
 
 
 def draw_adaptation(curves: dict[str, dict], averages: dict[str, float], images: int, authors: dict | None) -> Figure:
     """Entropy and accuracy during adaptation, one line for each method that adapts, and the authors' WEMoE."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for name, curve in curves.items():
-        left.plot(range(1, len(curve["entropy"]) + 1), curve["entropy"], label=name, linewidth=1)
-        right.plot(curve["steps"], curve["accuracy"], "o-", label=name, markersize=3)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
+    colours = plt.get_cmap("tab20").colors
+    for colour, (name, curve) in zip(itertools.cycle(colours), curves.items()):
+        window = max(1, len(curve["entropy"]) // 10)
+        smooth = [statistics.mean(curve["entropy"][max(0, i - window) : i + 1]) for i in range(len(curve["entropy"]))]
+        left.plot(range(1, len(smooth) + 1), smooth, color=colour)
+        right.plot(curve["steps"], curve["accuracy"], "o-", color=colour, label=name, markersize=3)
     for name, style in (("Individual", "--"), ("Task Arithmetic", ":")):
         if name in averages:
             label = f"{name} (all test images)"
@@ -105,10 +114,15 @@ def draw_adaptation(curves: dict[str, dict], averages: dict[str, float], images:
         right.plot(
             authors["steps"], authors["average"], "k^--", label="WEMoE, the authors' (all test images)", markersize=4
         )
-    left.set(xlabel="adaptation step", ylabel="mean entropy (nats)", ylim=(0, None), title="What is minimised")
+    left.set(
+        xlabel="adaptation step",
+        ylabel="mean entropy (nats)",
+        ylim=(0, None),
+        title="What is minimised (moving average)",
+    )
     title = f"What is gained ({images} test images of each task)"
     right.set(xlabel="adaptation step", ylabel="accuracy (%)", title=title)
-    right.legend()
+    right.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
     return figure
 
 
@@ -139,15 +153,17 @@ def draw_scalings(curves: dict[str, list[dict]]) -> Figure:
     return figure
 
 
-def draw_conditions(conditions: dict[str, dict[str, float]]) -> Figure:
-    """Bars of accuracy: a group for every condition, a bar for every method in it."""
+def draw_conditions(conditions: dict[str, dict[str, list[float]]]) -> Figure:
+    """Bars of accuracy: a group for every condition, a bar for every method in it, with its deviation over seeds."""
     names = list(dict.fromkeys(name for methods in conditions.values() for name in methods))
-    figure, axis = plt.subplots(figsize=(1.5 * len(conditions) + 4, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(1.3 * len(conditions) + 3, 4), layout="constrained")
     width = 0.85 / len(names)
     for i, name in enumerate(names):
-        places = [(x + i * width, methods[name]) for x, methods in enumerate(conditions.values()) if name in methods]
-        axis.bar(*zip(*places), width, label=name)
-    axis.set_xticks([x + 0.4 - width / 2 for x in range(len(conditions))], conditions)
+        known = {x: methods[name] for x, methods in enumerate(conditions.values()) if name in methods}
+        means = [statistics.mean(values) for values in known.values()]
+        deviations = [statistics.stdev(values) if len(values) > 1 else 0 for values in known.values()]
+        axis.bar([x + i * width for x in known], means, width, yerr=deviations if any(deviations) else None, label=name)
+    axis.set_xticks([x + 0.4 - width / 2 for x in range(len(conditions))], [c.replace("_", " ") for c in conditions])
     axis.set(ylabel="accuracy (%)", ylim=(0, 100))
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
