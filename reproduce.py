@@ -168,11 +168,13 @@ def concrete(suite: Suite, name: str, folder: Path, then_lambda: bool = False) -
     curve = adapt(suite, model, what, folder, settings.mask_steps, settings.mask_lr, file)
     with torch.no_grad():
         merged, masks = model.merged(), {entry: mask.cpu() for entry, mask in model.masks().items()}
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not then_lambda:
-        learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return Merged(with_weights(suite, merged), {"adaptation": curve, "learned": learned})
     vectors = [{entry: masks[entry] * value for entry, value in tau.items()} for tau in task_vectors(suite)]
-    return learn_lambda(suite, name, folder, vectors)
+    result = learn_lambda(suite, name, folder, vectors)
+    result.record["learned"] += learned
+    return result
 
 
 class ConcreteMask(wemoe.AdaMerging):
@@ -586,7 +588,7 @@ def collapse(suite: Suite, methods: list[str]) -> list[Condition]:
 def corrupted(suite: Suite, name: str, methods: list[str]) -> Condition:
     tasks, rows = in_suite(suite, FOUR_TASKS), PUBLISHED["robustness"]["conditions"][name]
     change = {} if name == "clean" else {"split": name}
-    return Condition(name, methods, change, {"Average": tasks}, rows_of(suite, rows, tasks))
+    return Condition(name.replace("_", " "), methods, change, {"Average": tasks}, rows_of(suite, rows, tasks))
 
 
 def ablation(suite: Suite, methods: list[str]) -> list[Condition]:
@@ -639,13 +641,13 @@ EXPERIMENTS = {
 def run(arguments: argparse.Namespace) -> bool:
     """The whole experiment. Returns whether every claim holds."""
     output, experiment = arguments.folder, EXPERIMENTS[arguments.experiment]
-    if arguments.output.is_file():
-        raise InputError(f"--output {arguments.output}: is a file, a folder is needed")
     for folder in (arguments.cached, output):
         folder.mkdir(parents=True, exist_ok=True)
     measured: dict[str, dict[str, list[dict]]] = {}  # condition -> method -> an entry for every seed
     for seed in range(arguments.seed, arguments.seed + experiment.seeds):
         suite = SUITES[arguments.suite][0](argparse.Namespace(**{**vars(arguments), "seed": seed}))
+        if arguments.experiment != "main":
+            suite.scalings = ()  # only there the accuracy at other λ is asked for
         conditions, key = experiment.conditions(suite, arguments.methods), suite.key
         pairs = [(condition, name) for condition in conditions for name in condition.methods]
         pairs.sort(key=lambda pair: -list(METHODS).index(pair[1]))  # the long ones first
@@ -744,7 +746,7 @@ def draw(experiment: str, suite: Suite, conditions: list[Condition], measured: d
         return {"ablation": report.draw_ablation({name: points for name, points in panels.items() if points})}
     groups = {c.name: (c.name, suite.tasks) for c in conditions}
     if experiment == "collapse":  # task by task
-        groups = {f"{c.name}:\n{task}": (c.name, [task]) for c in conditions for task in suite.tasks}
+        groups = {f"{c.name}:\n{task}": (c.name, [task]) for c in conditions for task in c.columns["Average"]}
     samples = {c.name: torch.cat([suite.variant(**c.change).test[t][0][:6] for t in suite.tasks]) for c in conditions}
     return {
         "tasks": report.draw_tasks({name: (images, None) for name, images in samples.items()}),
@@ -921,6 +923,7 @@ def parse_bench_arguments(arguments: list[str]) -> argparse.Namespace:
     parsed = parser.parse_args(arguments)
     if parsed.tasks < 1 or min(parsed.batch) < 1:
         raise InputError("--tasks and --batch take numbers from 1")
+    check_output(parsed.output)
     parsed.device = choose_device(parsed.device)
     return parsed
 
@@ -963,7 +966,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parsed.tasks = [task if paper else names[task] for task in experiment.tasks]
     parsed.tasks = choose("task", parsed.tasks, SUITES[parsed.suite][1])
     usual = [name for name in experiment.methods if not (paper and METHODS[name].needs_training_images)]
-    parsed.methods = choose("method", parsed.methods, experiment.methods) if parsed.methods else usual
+    kind = "method" if parsed.experiment == "main" else f"method of the experiment {parsed.experiment}"
+    parsed.methods = choose(kind, parsed.methods, experiment.methods) if parsed.methods else usual
     trains = any(METHODS[name].needs_training_images for name in parsed.methods)
     parsed.splits = experiment.splits + (("train",) if trains else ())
     for option, least in (("steps", 1), ("seed", 0), ("limit", 1), ("workers", 1)):
@@ -985,6 +989,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if on_cores:
         torch.set_num_threads(1)  # always, so that the number of workers does not change results
     parsed.workers = parsed.workers or (min(2, os.cpu_count() or 1) if on_cores else 1)
+    check_output(parsed.output)
     parsed.name = parsed.suite if not parsed.arch else f"{parsed.arch}-{parsed.pretrained}"
     variants = {"experts": parsed.experts, "finetune": parsed.finetune, f"limit{parsed.limit}": parsed.limit}
     parsed.folder = parsed.output / "-".join([parsed.name, *(name for name, on in variants.items() if on)])
@@ -1008,6 +1013,11 @@ def choose(kind: str, wanted: list[str] | None, known: list[str]) -> list[str]:
     if unknown := [name for name in wanted if name.lower() not in exact]:
         raise InputError(f"unknown {kind} {unknown[0]!r}: choose among {', '.join(map(repr, known))}")
     return [name for name in known if name.lower() in {name.lower() for name in wanted}]
+
+
+def check_output(output: Path) -> None:
+    if output.is_file():
+        raise InputError(f"--output {output}: is a file, a folder is needed")
 
 
 def choose_device(name: str | None) -> str:

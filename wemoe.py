@@ -183,7 +183,7 @@ class Router(nn.Module):
 
 
 class _Dense(nn.Module):
-    """The task vectors of one parameter, stacked: τ (T, *shape). Two other forms below take less memory."""
+    """The task vectors of one parameter, stacked: τ (T, *shape). This is one *form* of them, two others follow."""
 
     def __init__(self, tau: Tensor):
         super().__init__()
@@ -192,11 +192,11 @@ class _Dense(nn.Module):
     def dense(self) -> Tensor:  # (T, *shape)
         return self.tau
 
-    def rows(self, rows: slice) -> Tensor:  # of each matrix: (T, rows · D_in)
+    def rows(self, rows: slice) -> Tensor:  # these rows of every task's matrix: (T, rows · D_in)
         return self.dense()[:, rows].flatten(1)
 
     def linear(self, x: Tensor, lam: Tensor, theta: Tensor) -> Tensor:
-        """x (..., D_in) -> (..., D_out) by the matrix θ_0 + Σ_t λ_t τ_t, where torch.vmap batches x and λ (T,)."""
+        """x (..., D_in) -> (..., D_out) by the matrix θ_0 + Σ_t λ_t τ_t, with λ (T,): one sample under torch.vmap."""
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
@@ -239,7 +239,7 @@ class _LowRank(_Dense):
         if rank < 1:
             raise ValueError(f"Task vectors have a rank of at least 1, got {rank=}.")
         u, s, v = torch.linalg.svd(tau.to(torch.promote_types(tau.dtype, torch.float32)), full_matrices=False)
-        u, v = (u * s[:, None])[..., :rank].movedim(1, 0), v[:, :rank]
+        u, v = (u * s[:, None])[..., :rank].movedim(1, 0), v[:, :rank]  # from (T, D_out, k) and (T, k, D_in)
         self.u = nn.Parameter(u.to(tau.dtype).contiguous(), requires_grad=False)  # (D_out, T, r)
         self.v = nn.Parameter(v.to(tau.dtype).contiguous(), requires_grad=False)  # (T, r, D_in)
 
@@ -284,18 +284,18 @@ class WEMoE(nn.Module):
             raise ValueError(f"Task vectors are sparse or of low rank, not both: got {keep=} and {rank=}.")
         self.router, self.num_tasks = router, len(finetuned)
         self.pretrained = copy.deepcopy(pretrained).requires_grad_(False)
-        stacked = _stack([task_vector(pretrained, module) for module in finetuned])  # each (T, *shape of θ_0)
+        taus = _stack([task_vector(pretrained, module) for module in finetuned])  # each (T, *shape of θ_0)
 
         def form(tau: Tensor) -> _Dense:
             if keep is not None and tau.dim() > 1:
                 return _Sparse(tau, keep)
             return _LowRank(tau, rank) if rank is not None and tau.dim() == 3 else _Dense(tau)
 
-        # A module registers none under a name with a dot, or under one that means something else to it.
-        self.stacked = nn.ModuleDict({"/" + name.replace(".", "/"): form(tau) for name, tau in stacked.items()})
+        # A ModuleDict takes neither dots nor its own attributes' names for keys: "c_fc.weight" becomes "/c_fc/weight".
+        self.stacked = nn.ModuleDict({"/" + name.replace(".", "/"): form(tau) for name, tau in taus.items()})
         # Whether all parameters but vectors are the matrices of nn.Linear, which _MergedLinear never merges as a whole.
         linear = {f"{n}.weight".lstrip(".") for n, module in pretrained.named_modules() if type(module) is nn.Linear}
-        self.only_linear = all(name in linear or tau.dim() <= 2 for name, tau in stacked.items())
+        self.only_linear = all(name in linear or tau.dim() <= 2 for name, tau in taus.items())
 
     @property
     def task_vectors(self) -> dict[str, Tensor]:
@@ -312,7 +312,7 @@ class WEMoE(nn.Module):
         lam = self.router(x)
         if lam.shape != (len(x), self.num_tasks):
             raise ValueError(f"The router gave weights of shape {tuple(lam.shape)} for an input {tuple(x.shape)}.")
-        if lam.stride(0) == 0 or len(lam) == 1:  # one set of weights for all samples, as with a router of depth 0
+        if lam.stride(0) == 0 or len(lam) == 1:  # one λ, expanded to all samples, as a router of depth 0 does
             with _MergedParameters(self.pretrained, self.forms, lam[0]):
                 return self.pretrained(*args, **kwargs)
         # For the backward pass, merged weights are not kept but merged again. _MergedLinear sees to that itself, other
@@ -604,7 +604,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def _log_mean(logits: Tensor) -> Tensor:
-    """The logarithm of the batch's mean prediction, (B, C) -> (C,), but for a constant."""
+    """The logarithm of the batch's mean prediction, (B, C) -> (C,), plus ln B, for which `entropy` does not care."""
     log_p = F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     return log_p.clamp_min(torch.finfo(log_p.dtype).min).logsumexp(0)
 
@@ -644,8 +644,8 @@ def adapt(
     or `lr` is out of range; FloatingPointError, naming task and step and leaving the model as it was before that step,
     if an entropy is not finite.
     """
-    routers = [p for p in model.parameters() if p.requires_grad]
-    if not routers:
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
         raise ValueError("The model has no trainable parameters; adapt takes what upscale returns.")
     if headless := loaders.keys() - heads.keys():
         raise ValueError(f"No head is given for {_quote(headless)}; there are heads for {_quote(heads)}.")
@@ -654,7 +654,7 @@ def adapt(
     if not 0 <= start < steps or not 0 < lr < math.inf:
         raise ValueError(f"adapt needs steps to take and a positive learning rate, got {steps=}, {start=} and {lr=}.")
     batches = {task: _endless(task, loader) for task, loader in loaders.items()}
-    optimizer = optimizer or torch.optim.Adam(routers)
+    optimizer = optimizer or torch.optim.Adam(trainable)
     last_task = list(loaders)[-1]
     history = []
     for step in range(start + 1, steps + 1):
@@ -662,7 +662,7 @@ def adapt(
             group["lr"] = lr * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
         losses = {}
         for task in loaders:
-            x = next(batches[task]).to(routers[0].device)
+            x = next(batches[task]).to(trainable[0].device)
             # In a distributed model, gradients are exchanged once a step.
             with nullcontext() if task == last_task else getattr(model, "no_sync", nullcontext)():
                 logits = heads[task](model(x))

@@ -110,10 +110,10 @@ def check_collapse(columns: dict[str, dict[str, list[str]]], measured: dict) -> 
     arithmetic, plain, cured = (accuracy(noise, method, [worst]) for method in methods)
     gain, cost = (accuracy(c, "WEMoE + diversity", tasks) - accuracy(c, "WEMoE", tasks) for c in (noise, clean))
     claims = (
-        (f"Under {noise}, adaptation makes one task ({worst}) worse than task arithmetic leaves it", plain < arithmetic,
-         f"{plain:.1f} < {arithmetic:.1f}"),
+        (f"Under {noise}, WEMoE makes the worst-hit task ({worst}) worse than task arithmetic leaves it",
+         plain < arithmetic, f"{plain:.1f} < {arithmetic:.1f}"),
         ("With diverse predictions it does not, and the average is better", cured > arithmetic and gain > 0,
-         f"{worst} {cured:.1f} > {arithmetic:.1f}, average {gain:+.1f}"),
+         f"{worst} {cured:.1f} > {arithmetic:.1f}, average {gain:+.1f} against WEMoE without"),
         ("That costs at most half a point on clean images", cost >= -0.5, f"{cost:+.1f}"),
     )  # fmt: skip
     return [{"claim": claim, "holds": holds, "detail": detail} for claim, holds, detail in claims]

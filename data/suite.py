@@ -104,7 +104,16 @@ class Suite:
         some = [[part[:: 1 + len(part) // 20] for part in pair] for pair in self.test.values()]
         tests = [p.contiguous().numpy() for images, labels in some for p in (self.normalise(images), labels)]
         sizes = [len(labels) for _, labels in self.test.values()]
-        settings = self.name, self.seed, self.device.type, self.precision, self.adaptation, self.tasks, sizes
+        settings = (
+            self.name,
+            self.seed,
+            self.device.type,
+            self.precision,
+            self.adaptation,
+            self.scalings,
+            self.tasks,
+            sizes,
+        )
         return fingerprint(*settings, torch.__version__, *models, *heads, *tests)
 
     def variant(self, experts: tuple[str, ...] = (), split: str = "test", **adaptation) -> "Suite":
