@@ -1,5 +1,6 @@
 """Time and memory of functions, side by side: medians of interleaved runs, and peak memory in a process of its own."""
 
+import ctypes
 import gc
 import multiprocessing
 import resource
@@ -54,6 +55,7 @@ def measure_peak(function: Callable, *arguments) -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         call()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # bytes on macOS
+    getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # freed memory goes back (glibc), lest the call find it there
     before = kilobytes(status, "VmRSS")
     clear.write_text("5")  # the highest so far is now
     call()
