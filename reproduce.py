@@ -338,20 +338,23 @@ def adapt(
 ) -> dict[str, list[float]]:
     """Adapt the model in place: entropy (nats) at each step, accuracy (%) on part of the test images now and then.
 
-    What is trained, its optimiser and the curve are kept in `folder` some times on the way, and an adaptation
-    goes on from there.
+    What is trained, its optimiser, the state of the random generator and the curve are kept in `folder` some times on
+    the way, and an adaptation goes on from there.
     """
     settings, file = suite.adaptation, folder / file
     part = {task: (images[:CURVE_IMAGES], labels[:CURVE_IMAGES]) for task, (images, labels) in suite.test.items()}
-    routers = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.Adam(routers.values())
-    curve = {"steps": [0], "accuracy": [mean(evaluate(suite, model, part))], "entropy": []}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.Adam(trained.values())
+    random = torch.cuda if suite.device.type == "cuda" else torch
     if file.exists():
         kept = torch.load(file, suite.device, weights_only=True)
         curve = kept["curve"]
         optimizer.load_state_dict(kept["optimizer"])
-        for router, p in routers.items():
-            p.data.copy_(kept["routers"][router])
+        for entry, p in trained.items():
+            p.data.copy_(kept["trained"][entry])
+        random.set_rng_state(kept["random"].cpu())
+    else:
+        curve = {"steps": [0], "accuracy": [mean(evaluate(suite, model, part))], "entropy": []}
     done = curve["steps"][-1]
     with progress(None, f"{name}: adapting", total=steps, initial=done, unit="step") as bar:
 
@@ -362,7 +365,8 @@ def adapt(
                 curve["steps"].append(step)
                 curve["accuracy"].append(mean(evaluate(suite, model, part)))
                 bar.set_postfix(entropy=f"{curve['entropy'][-1]:.3f}", accuracy=f"{curve['accuracy'][-1]:.1f}")
-                state = {"curve": curve, "optimizer": optimizer.state_dict(), "routers": routers}
+                state = {"curve": curve, "optimizer": optimizer.state_dict(), "trained": trained}
+                state["random"] = random.get_rng_state()
                 write(file, lambda path: torch.save(state, path))
 
         if done < steps:
@@ -560,8 +564,8 @@ def in_suite(suite: Suite, tasks: list[str]) -> list[str]:
 
 
 def rows_of(suite: Suite, rows: list[dict], tasks: list[str]) -> list[dict]:
-    """Published rows with accuracies by task; none for another suite than they were measured on."""
-    if suite.name != "ViT-B-32":
+    """Published rows with accuracies by task; none for another suite, or another part of one, than they are of."""
+    if suite.name != "ViT-B-32" or not suite.published:
         return []
     cells = [row.get("accuracy") or row["seen"] + row["unseen"] for row in rows]
     return [dict(row, source="paper", accuracy=dict(zip(tasks, cell))) for row, cell in zip(rows, cells)]
@@ -685,7 +689,7 @@ def run(arguments: argparse.Namespace) -> bool:
             write(output / f"{name}.png", partial(report.save, figure))
     say("\n" + text)
     if arguments.limit:
-        say(f"Only {arguments.limit} images of every test set: not comparable with published figures.")
+        say(f"Only the first {arguments.limit} images of every test set: not comparable with published figures.")
     for claim in results["claims"]:
         say(f"{'✓' if claim['holds'] else '✗'} {claim['claim']}: {claim['detail']}")
     say(f"\nResults and figures are in {output}/.")
@@ -954,7 +958,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--finetune", action="store_true", help="make the experts from the train splits instead of downloading them")
     add("--arch", help="with --finetune: another architecture of open_clip's")
     add("--pretrained", default="openai", help="with --finetune: which of its weights (default: %(default)s)")
-    add("--limit", type=int, metavar="N", help="only N images of every test set, for a quick look")
+    add("--limit", type=int, metavar="N", help="only the first N images of every test set, for a quick look")
     add("--cache", type=Path, default=Path.home() / ".cache" / "wemoe", help="decoded images (default: %(default)s)")
     parsed = parser.parse_args(arguments)
     (parsed.experiment,) = choose("experiment", [parsed.experiment], list(EXPERIMENTS))
@@ -991,7 +995,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parsed.workers = parsed.workers or (min(2, os.cpu_count() or 1) if on_cores else 1)
     check_output(parsed.output)
     parsed.name = parsed.suite if not parsed.arch else f"{parsed.arch}-{parsed.pretrained}"
-    variants = {"experts": parsed.experts, "finetune": parsed.finetune, f"limit{parsed.limit}": parsed.limit}
+    variants = {"experts": parsed.experts, "finetune": parsed.finetune, f"first{parsed.limit}": parsed.limit}
     parsed.folder = parsed.output / "-".join([parsed.name, *(name for name, on in variants.items() if on)])
     parsed.cached = parsed.folder / "cache"
     parsed.folder /= "" if parsed.experiment == "main" else parsed.experiment

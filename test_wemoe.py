@@ -7,6 +7,7 @@ and activations are of order one and sums have some dozens of terms, so that rou
 import contextlib
 import copy
 import io
+import itertools
 import json
 import math
 import os
@@ -2110,9 +2111,10 @@ def test_limit_decodes_no_more_and_is_kept_apart(tmp_path, monkeypatch):
     assert len(calls) == 12 and few.shape == (12, 3, 32, 32) and len(labels) == 12
     everything, all_labels = clip.image_set("MNIST", PREP, cache, hub)
     assert len(everything) == 20
+    assert torch.equal(few, everything[:12]) and torch.equal(labels, all_labels[:12])
     spaced = {12: [0, 2, 3, 5, 7, 9, 10, 12, 14, 16, 17, 19], 3: [0, 10, 19], 1: [0], 20: range(20), 50: range(20)}
     for limit, places in spaced.items():
-        some, labels_of_some = clip.image_set("MNIST", PREP, cache, hub, limit=limit)
+        some, labels_of_some = clip.image_set("MNIST", PREP, cache, hub, limit=limit, spaced=True)
         assert torch.equal(some, everything[list(places)]) and torch.equal(labels_of_some, all_labels[list(places)])
     with pytest.raises(clip.InputError, match="at least 1, not 0"):
         clip.image_set("MNIST", PREP, cache, hub, limit=0)
@@ -2749,6 +2751,51 @@ def test_an_adaptation_goes_on_where_it_was_killed(paper, monkeypatch):
     assert without_timings(results) == without_timings(expected)
 
 
+def test_a_mask_that_was_killed_is_drawn_as_if_it_had_not_been(paper, monkeypatch):
+    """What is random in an adaptation is kept with it: here the masks of Concrete, whose steps are twice as many."""
+    paper = partial(paper, "--methods", "Concrete Task Arithmetic")
+    _, expected = paper(output="whole")
+    entropy_, calls = wemoe.entropy, []
+
+    def killed(logits):
+        calls.append(1)
+        if len(calls) == 15:  # in the eighth step, for two tasks
+            raise KeyboardInterrupt
+        return entropy_(logits)
+
+    monkeypatch.setattr(wemoe, "entropy", killed)
+    assert paper() == (130, {})
+    _, results = paper()
+    assert len(calls) == 15 + 2 * 14  # six steps of twenty were kept
+    assert without_timings(results) == without_timings(expected)
+
+
+def test_other_experiments_on_the_papers_suite(paper, tmp_path):
+    """Corrupted images are splits of the data sets, images that methods look at come from the train split."""
+    for seed, task in enumerate(clip.TASKS):
+        write_set(paper.hub, task, count=20, seed=50 + seed, split="train")
+    names = ["Task Arithmetic", "RegMean", "WEMoE"]
+    folder = "ViT-B-32/generalization"
+    options = ["--experiment", "generalization", "--methods", *names, "--steps", "1"]
+    status, results = paper(*options, tasks=None, folder=folder)
+    assert status in (0, 1) and len(results["claims"]) == 2
+    for condition, split in zip(results["conditions"], reproduce.PUBLISHED["generalization"]):
+        assert condition["columns"] == {"Seen": split["seen"], "Unseen": split["unseen"]}
+        assert [row["method"] for row in condition["published"]] == [row["method"] for row in split["rows"]]
+    assert "  published (paper)" in (tmp_path / "results" / folder / "table.md").read_text()
+
+    tasks = reproduce.PUBLISHED["robustness"]["tasks"]
+    for seed, (task, corruption) in enumerate(itertools.product(tasks, CORRUPTIONS)):
+        write_set(paper.hub, task, count=6, seed=seed, split=corruption)
+    options = ["--experiment", "robustness", "--methods", "Task Arithmetic", "--limit", "4"]
+    status, results = paper(*options, tasks=None, folder="ViT-B-32-first4/robustness")
+    assert status == 0 and results["tasks"] == [task for task in clip.TASKS if task in tasks]
+    assert len(results["conditions"]) == 8
+    decoded = {tuple(file.name.split("-")[:3]) for file in (tmp_path / "cache").glob("*-first4-*.npy")}
+    assert decoded == set(itertools.product(tasks, ["test", *CORRUPTIONS], ["first4"]))
+    assert not any(condition["published"] for condition in results["conditions"])  # of four images each
+
+
 def test_two_processes_give_what_one_gives(paper, tmp_path, tiny):
     names = ["--methods", "Individual", "WEMoE"]
     _, one = paper(*names, output="one")
@@ -2772,9 +2819,9 @@ def test_two_processes_give_what_one_gives(paper, tmp_path, tiny):
 
 
 def test_limited_results_stand_apart_and_claim_nothing(paper, capsys):
-    status, results = paper("--limit", "5", "--methods", "pre-trained", folder="ViT-B-32-limit5")
+    status, results = paper("--limit", "5", "--methods", "pre-trained", folder="ViT-B-32-first5")
     assert status == 0 and results["settings"]["limit"] == 5 and not results["claims"] and not results["published"]
-    assert "Only 5 images" in capsys.readouterr().out
+    assert "Only the first 5 images" in capsys.readouterr().out
 
 
 def test_experts_of_the_authors(paper, tmp_path):

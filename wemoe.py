@@ -13,10 +13,10 @@ the predictions:
     model = upscale(pretrained, {"cars": cars_model, "signs": signs_model})
     adapt(model, loaders={"cars": ..., "signs": ...}, heads={"cars": ..., "signs": ...})
 
-Read on from here: task vectors, the router and the WEMoE module, upscaling, adaptation. The file needs nothing but
-torch (2.4 or later); copy it. When *not* to use it: if the task of every input is known, load that task's own model;
-if the models were not fine-tuned from one checkpoint, a linear combination of their weights means nothing; and since
-routers average over all tokens, later ones and padding too, a routed decoder is no longer causal.
+Read on from here: task vectors (and TIES), the router and the WEMoE module, upscaling (and AdaMerging), adaptation. The
+file needs nothing but torch (2.4 or later); copy it. When *not* to use it: if the task of every input is known, load
+that task's own model; if the models were not fine-tuned from one checkpoint, a linear combination of their weights
+means nothing; and since routers average over all tokens, later ones and padding too, a routed decoder is not causal.
 
 Shapes: B samples, T tasks, D hidden size, `...` any token or spatial axes.
 """

@@ -384,14 +384,20 @@ def refuse_unusable(state: Mapping[str, Tensor], shapes: Mapping[str, Iterable[i
 
 
 def image_set(
-    task: str, prep: PreprocessCfg, cache: Path, hub: Path | None = None, split: str = "test", limit: int | None = None
+    task: str,
+    prep: PreprocessCfg,
+    cache: Path,
+    hub: Path | None = None,
+    split: str = "test",
+    limit: int | None = None,
+    spaced: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """A data set's images as open_clip prepares them, up to normalisation: uint8 (N, 3, H, W), and labels, int64 (N,).
 
     The images are decoded once and then memory-mapped from `cache`, where another version of the source files, another
-    size, split or limit has another file. `limit` takes so many images, evenly spaced since some sets are sorted by
-    class. Raises InputError for a missing split or column, class names or labels that are not the task's, and an image
-    that cannot be decoded.
+    size, split or limit has another file. `limit` takes the first images only or, `spaced`, as many from the whole
+    split, which may be sorted by class. Raises InputError for a missing split or column, class names or labels that are
+    not the task's, and an image that cannot be decoded.
     """
     spec = TASKS[task]
     if limit is not None and limit < 1:
@@ -399,8 +405,9 @@ def image_set(
     repo = repository(spec.repo, "dataset", hub)
     paths = [repo.fetch(file) for file in shards(repo, spec.config, split)]
     labels = read_labels(spec, split, paths)
-    chosen = np.linspace(0, len(labels) - 1, min(limit or len(labels), len(labels))).round().astype(int)
-    path = cache_path(spec, prep, cache, paths, split, limit)
+    count = min(limit or len(labels), len(labels))
+    chosen = np.linspace(0, (len(labels) if spaced else count) - 1, count).round().astype(int)
+    path = cache_path(spec, prep, cache, paths, f"{split}-spaced" if spaced else split, limit)
     cached(path, partial(decode, spec, prep, paths, split, chosen))
     # Copy on write: torch wants writable memory, the file stays as it is.
     return torch.from_numpy(np.load(path, mmap_mode="c")), torch.from_numpy(labels[chosen])
@@ -426,8 +433,8 @@ def cache_path(task: Task, prep: PreprocessCfg, cache: Path, paths: list[Path], 
     stats = [path.stat() for path in paths]
     files = [(path.name, stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats)]
     key = digest([task.repo, task.config, task.image_column, split, vars(prep), files])
-    some = f"-{limit}" if limit else ""
-    return Path(cache) / f"{task.name}-{split}{some}-{key}.npy"
+    first = f"-first{limit}" if limit else ""
+    return Path(cache) / f"{task.name}-{split}{first}-{key}.npy"
 
 
 def digest(facts: Any) -> str:

@@ -199,7 +199,7 @@ def paper_suite(arguments: argparse.Namespace) -> Suite:
         heads={task: head.to(device) for task, head in heads.items()},
         test={task: clip.image_set(task, prep, cache, hub, limit=limit) for task in arguments.tasks},
         load=lambda task, split, count: clip.image_set(
-            task, prep, cache, hub, split, count or (None if split == "train" else limit)
+            task, prep, cache, hub, split, count or (None if split == "train" else limit), spaced=count is not None
         ),
         training=PAPER_TRAINING,
         normalise=partial(clip.normalise, prep=prep),
