@@ -444,14 +444,13 @@ def test_order_of_tasks_does_not_matter_to_wemoe(kind, tasks, batch, random, see
     close(one(x), other(x))
 
 
-@pytest.mark.parametrize("tile", [1, 7, 64])
+@pytest.mark.parametrize("tile", [(1, 1, 1), (2, 7, 3), (3, 16, 2)])
 def test_tiles_of_any_size_give_the_same(tile, monkeypatch):
     pretrained, finetuned = family("plain", 4, 3, 0)
     module, x = WEMoE(pretrained, finetuned, randomised(Router(4, 3))), torch.randn(3, 5, 4)
     results = []
-    for size in (2**20, tile):
+    for size in ((99, 99, 99), tile):
         monkeypatch.setitem(wemoe._TILE, "cpu", size)
-        monkeypatch.setattr(wemoe, "_ROWS", 1)
         y = module(x)
         results.append([y, *torch.autograd.grad(y.square().sum(), list(module.router.parameters()))])
     for whole, tiled in zip(*results):
@@ -881,7 +880,7 @@ def trained_to(pretrained: nn.Module, vectors: dict[str, Tensor]) -> list[dict[s
     ]
 
 
-@given(kinds, task_numbers, batch_sizes, axes, forms, st.sampled_from([1, 7, 64, 2**20]), seeds)
+@given(kinds, task_numbers, batch_sizes, axes, forms, st.tuples(*[st.sampled_from([1, 3, 99])] * 3), seeds)
 def test_every_form_is_the_dense_module_of_its_own_task_vectors(kind, tasks, batch, tokens, form, tile, seed):
     pretrained, finetuned = family(kind, 4, tasks, seed)
     router, x = randomised(Router(4, tasks)), torch.randn(batch, *tokens, 4)
@@ -889,7 +888,6 @@ def test_every_form_is_the_dense_module_of_its_own_task_vectors(kind, tasks, bat
     dense = WEMoE(pretrained, trained_to(pretrained, module.task_vectors), router)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(wemoe._TILE, "cpu", tile)
-        patch.setattr(wemoe, "_ROWS", 1)
         for ours, theirs in zip(output_and_gradients(module, x), output_and_gradients(dense, x), strict=True):
             close(ours, theirs, atol=1e-3)
 
@@ -2813,7 +2811,7 @@ def test_two_processes_give_what_one_gives(paper, tmp_path, tiny):
     curves = [results["methods"][0]["adaptation"]["entropy"] for results in (one, two)]
     assert curves[0] == pytest.approx(curves[1], abs=1e-4)
     files = (next((tmp_path / run).rglob("adaptation.pt")) for run in ("one", "two"))
-    routers = [torch.load(file, weights_only=True)["routers"] for file in files]
+    routers = [torch.load(file, weights_only=True)["trained"] for file in files]
     for name, p in routers[0].items():
         close(p, routers[1][name], atol=1e-4)
 

@@ -179,7 +179,8 @@ class Router(nn.Module):
             return self.bias.expand(len(h), -1)
         if h.dim() < 2 or h.shape[-1] != self.hidden_size:
             raise ValueError(f"The router takes inputs of shape (B, ..., {self.hidden_size}), got {tuple(h.shape)}.")
-        return self.layers(h).reshape(len(h), -1, self.num_tasks).mean(1)  # (B, ..., T) -> (B, T)
+        hidden = self.layers[:-1](h).reshape(len(h), -1, self.hidden_size)  # (B, tokens, D)
+        return self.layers[-1](hidden.mean(1))  # the mean over tokens first: the last layer is linear
 
 
 class _Dense(nn.Module):
@@ -192,16 +193,16 @@ class _Dense(nn.Module):
     def dense(self) -> Tensor:  # (T, *shape)
         return self.tau
 
-    def rows(self, rows: slice) -> Tensor:  # these rows of every task's matrix: (T, rows · D_in)
-        return self.dense()[:, rows].flatten(1)
+    def rows(self, rows: slice) -> Tensor:  # these rows of every task's matrix: (rows, T, D_in)
+        return self.dense()[:, rows].transpose(0, 1)
 
-    def linear(self, x: Tensor, lam: Tensor, theta: Tensor) -> Tensor:
+    def linear(self, x: Tensor, lam: Tensor, theta: Tensor, bias: Tensor | None) -> Tensor:
         """x (..., D_in) -> (..., D_out) by the matrix θ_0 + Σ_t λ_t τ_t, with λ (T,): one sample under torch.vmap."""
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
-            return _MergedLinear.apply(x, lam.to(theta.dtype), theta, self)
+            return _MergedLinear.apply(x, lam.to(theta.dtype), theta, bias, self)
 
 
 class _Sparse(_Dense):
@@ -217,7 +218,7 @@ class _Sparse(_Dense):
         self.values = nn.Parameter(tau.view(mask.shape).transpose(0, 1).flatten()[by_rows], requires_grad=False)
 
     def dense(self) -> Tensor:
-        return self.rows(slice(0, self.shape[1])).view(self.shape)
+        return self.rows(slice(0, self.shape[1])).transpose(0, 1).reshape(self.shape)
 
     def rows(self, rows: slice) -> Tensor:
         size = self.shape[0] * self.shape[2:].numel()  # of one row, all tasks
@@ -225,7 +226,7 @@ class _Sparse(_Dense):
         start, stop = torch.searchsorted(self.index, self.index.new_tensor(ends)).tolist()
         tile = self.values.new_zeros(ends[1] - ends[0])
         tile.scatter_(0, self.index[start:stop].long() - ends[0], self.values[start:stop])
-        return tile.view(ends[1] // size - rows.start, self.shape[0], -1).transpose(0, 1).flatten(1)
+        return tile.view(-1, self.shape[0], size // self.shape[0])
 
 
 class _LowRank(_Dense):
@@ -246,9 +247,11 @@ class _LowRank(_Dense):
     def dense(self) -> Tensor:
         return self.u.movedim(1, 0) @ self.v
 
-    def linear(self, x: Tensor, lam: Tensor, theta: Tensor) -> Tensor:
+    def linear(self, x: Tensor, lam: Tensor, theta: Tensor, bias: Tensor | None) -> Tensor:
         h = F.linear(x, self.v.flatten(0, 1))  # (..., T · r)
-        return F.linear(x, theta) + F.linear(h * lam.to(h.dtype).repeat_interleave(self.v.shape[1]), self.u.flatten(1))
+        y = F.linear(h * lam.to(h.dtype).repeat_interleave(self.v.shape[1]), self.u.flatten(1))
+        y = y.add_(F.linear(x, theta))
+        return y if bias is None else y.add_(bias)
 
 
 class WEMoE(nn.Module):
@@ -394,27 +397,30 @@ class _MergedParameters(TorchFunctionMode):
             return p + torch.tensordot(self.lam.to(p.dtype), self.forms[id(p)].dense(), dims=1)
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = self.forms[id(weight)].linear(x, self.lam, weight)
-        return y if bias is None else y + self._merge(bias).to(y.dtype)
+        return self.forms[id(weight)].linear(x, self.lam, weight, None if bias is None else self._merge(bias))
 
 
 class _MergedLinear(torch.autograd.Function):
-    """y_b = x_b W_b^T with W_b = θ_0 + Σ_t λ_bt τ_t: x (B, N, D_in), λ (B, T), θ_0 (D_out, D_in), τ any form.
+    """y_b = x_b W_b^T + bias_b with W_b = θ_0 + Σ_t λ_bt τ_t: x (B, N, D_in), λ (B, T), θ_0 (D_out, D_in), τ any form.
 
-    Tile by tile of output rows, one matrix product merges for all samples and another applies. The backward pass merges
-    again, so that memory never holds B sets of weights. x and λ have gradients; θ_0 and τ are constants.
+    Tile by tile, one batch of matrix products merges for many samples and another applies. The backward pass merges
+    again, so that memory never holds B sets of weights. x, λ and the bias have gradients; θ_0 and τ are constants.
     """
 
     @staticmethod
-    def forward(x: Tensor, lam: Tensor, theta: Tensor, form: _Dense) -> Tensor:
-        y = x.new_empty(*x.shape[:2], len(theta))
-        for rows, w, _ in _merged_tiles(lam, theta, form):
-            y[..., rows] = x @ w.to(x.dtype).mT  # (B, N, D_in) (B, D_in, rows)
+    def forward(x: Tensor, lam: Tensor, theta: Tensor, bias: Tensor | None, form: _Dense) -> Tensor:
+        y = (
+            x.new_zeros(*x.shape[:2], len(theta))
+            if bias is None
+            else bias.to(x.dtype)[:, None].repeat(1, x.shape[1], 1)
+        )
+        for samples, rows, columns, w, _ in _merged_tiles(lam, theta, form):
+            y[samples, :, rows] += x[samples, :, columns] @ w.to(x.dtype).mT
         return y
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, lam, theta, ctx.form = inputs
+        x, lam, theta, _, ctx.form = inputs
         if theta.requires_grad or any(p.requires_grad for p in ctx.form.parameters()):
             raise NotImplementedError("In a WEMoE module only the router is trainable: freeze everything else.")
         ctx.save_for_backward(x, lam, theta)
@@ -425,38 +431,44 @@ class _MergedLinear(torch.autograd.Function):
         dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None  # not in the first routed module of a model
         dlam = torch.zeros_like(lam)
         with torch.autocast(x.device.type, enabled=False):
-            for rows, w, tau in _merged_tiles(lam, theta, ctx.form):
+            for samples, rows, columns, w, tau in _merged_tiles(lam, theta, ctx.form):
                 if dx is not None:
-                    dx.baddbmm_(dy[..., rows], w.to(x.dtype))
-                dw = (dy[..., rows].mT @ x).to(lam.dtype)  # (B, rows, D_in)
-                dlam.addmm_(dw.flatten(1), tau.mT)  # <dw_b, τ_t>
-        return dx, dlam, None, None
+                    dx[samples, :, columns] += dy[samples, :, rows] @ w.to(x.dtype)
+                dw = (dy[samples, :, rows].mT @ x[samples, :, columns]).to(lam.dtype)  # (samples, rows, columns)
+                dlam[samples] += (dw.transpose(0, 1) @ tau.mT).sum(0)  # <dw_b, τ_t>
+        return dx, dlam, None, dy.sum(1) if ctx.needs_input_grad[3] else None, None
 
     @staticmethod
-    def vmap(info, in_dims, x: Tensor, lam: Tensor, theta: Tensor, form: _Dense):
+    def vmap(info, in_dims, x: Tensor, lam: Tensor, theta: Tensor, bias: Tensor | None, form: _Dense):
         """What torch.vmap calls instead of running sample by sample: all x (B, ..., D_in) and λ (B, T), in one go."""
         x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
-        y = _MergedLinear.apply(x.reshape(len(x), -1, x.shape[-1]), lam.movedim(in_dims[1], 0), theta, form)
+        bias = bias if bias is None else bias.movedim(in_dims[3], 0)
+        y = _MergedLinear.apply(x.reshape(len(x), -1, x.shape[-1]), lam.movedim(in_dims[1], 0), theta, bias, form)
         return y.view(*x.shape[:-1], len(theta)), 0
 
 
-# The size of a tile, in elements: what stays in a CPU's cache, or 256 MiB in float32 on a GPU; but so many rows at
-# least, for matrix products to be worth their while.
-_TILE, _ROWS = {"cpu": 2**18, "cuda": 2**26}, 64
+# How many samples, rows and columns a tile of merged weights has at most: 6 MiB in float32 on a CPU, where it is to
+# stay in the cache, and 256 MiB on a GPU.
+_TILE = {"cpu": (16, 128, 768), "cuda": (16, 4096, 1024)}
 
 
-def _merged_tiles(lam: Tensor, theta: Tensor, form: _Dense) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """θ_0 + Σ_t λ_bt τ_t of all samples, some output rows at a time: the rows, their weights (B, rows, D_in) and τ.
+def _merged_tiles(lam: Tensor, theta: Tensor, form: _Dense) -> Iterator[tuple[slice, slice, slice, Tensor, Tensor]]:
+    """Parts of θ_0 + Σ_t λ_bt τ_t: which samples, rows and columns, w (samples, rows, columns), τ (rows, T, columns).
 
     Every tile overwrites the one before: fresh memory is slow to come by.
     """
-    count = max(_ROWS, _TILE.get(lam.device.type, _TILE["cuda"]) // (len(lam) * theta.shape[1]))
-    memory = theta.new_empty(len(lam) * theta[:count].numel())
-    for start in range(0, len(theta), count):
-        rows = slice(start, start + count)
-        w, tau = memory[: len(lam) * theta[rows].numel()].view(len(lam), -1), form.rows(rows)
-        torch.addmm(theta[rows].flatten(), lam, tau, out=w)  # (B, T) (T, rows · D_in)
-        yield rows, w.view(len(lam), -1, theta.shape[1]), tau
+    sizes = (len(lam), *theta.shape)
+    starts = [range(0, size, step) for size, step in zip(sizes, _TILE.get(lam.device.type, _TILE["cuda"]))]
+    memory = theta.new_empty(math.prod(min(size, each.step) for size, each in zip(sizes, starts)))
+    for row in starts[1]:
+        taus = form.rows(rows := slice(row, row + starts[1].step))
+        for column in starts[2]:
+            tau = taus[..., columns := slice(column, column + starts[2].step)]
+            for sample in starts[0]:
+                some = lam[samples := slice(sample, sample + starts[0].step)].expand(len(tau), -1, -1)
+                w = memory[: some[..., :1].numel() * tau.shape[2]].view(len(tau), -1, tau.shape[2])
+                torch.baddbmm(theta[rows, None, columns], some, tau, out=w)  # (rows, samples, columns)
+                yield samples, rows, columns, w.transpose(0, 1), tau
 
 
 @contextmanager
