@@ -12,18 +12,26 @@ under several conditions. Results go to `results/<suite>/`: results.json, table.
 in `cache/` there, and a run started again goes on from it.
 """
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__":  # loading the libraries takes seconds
+    for each_signal in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each_signal, lambda *_: (print("\nreproduce.py: interrupted", file=sys.stderr), os._exit(130)))
+
 import argparse
 import copy
 import itertools
 import json
 import logging
-import os
 import platform
 import re
 import statistics
-import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -47,6 +55,7 @@ from data.suite import (
     CURVE_IMAGES,
     SUITES,
     Suite,
+    alone,
     average_over_processes,
     barrier,
     derive_seed,
@@ -645,8 +654,13 @@ EXPERIMENTS = {
 def run(arguments: argparse.Namespace) -> bool:
     """The whole experiment. Returns whether every claim holds."""
     output, experiment = arguments.folder, EXPERIMENTS[arguments.experiment]
-    for folder in (arguments.cached, output):
-        folder.mkdir(parents=True, exist_ok=True)
+    with alone(arguments.cached.parent) if rank() == 0 else nullcontext():
+        for folder in (arguments.cached, output):
+            folder.mkdir(parents=True, exist_ok=True)
+        return run_alone(arguments, experiment, output)
+
+
+def run_alone(arguments: argparse.Namespace, experiment: Experiment, output: Path) -> bool:
     measured: dict[str, dict[str, list[dict]]] = {}  # condition -> method -> an entry for every seed
     for seed in range(arguments.seed, arguments.seed + experiment.seeds):
         suite = SUITES[arguments.suite][0](argparse.Namespace(**{**vars(arguments), "seed": seed}))
@@ -1035,7 +1049,18 @@ def choose_device(name: str | None) -> str:
     return name or "cpu"
 
 
+OUT_OF_MEMORY = """out of memory; what is finished is kept. Adaptation takes most: --adapt-precision bfloat16
+halves its activations, --methods leaves methods out, --device cpu has more room"""
+
+
+def interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
 def main(arguments: list[str] | None = None) -> int:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, interrupt)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():  # started by torchrun
         dist.init_process_group()
     try:
@@ -1044,14 +1069,22 @@ def main(arguments: list[str] | None = None) -> int:
             return 0 if bench(parse_bench_arguments(arguments[1:])) else 1
         return 0 if run(parse_arguments(arguments)) else 1
     except (InputError, OSError, FloatingPointError) as error:
-        print(f"reproduce.py: error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
+    except torch.linalg.LinAlgError as error:
+        return fail(f"a decomposition failed ({clip.one_line(error)}); --methods leaves out what is of low rank")
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        return fail(f"{OUT_OF_MEMORY} ({clip.one_line(error)})")
     except KeyboardInterrupt:
         print("\nreproduce.py: interrupted; the same command goes on from what is finished", file=sys.stderr)
         return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def fail(error: object) -> int:
+    print("reproduce.py: error: " + " ".join(str(error).split()), file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

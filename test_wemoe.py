@@ -13,9 +13,12 @@ import math
 import os
 import pickle
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 import types
 from dataclasses import replace
 from functools import partial
@@ -27,6 +30,7 @@ import huggingface_hub
 import numpy as np
 import open_clip
 import pytest
+import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
@@ -50,7 +54,9 @@ ATOL = 2e-5
 HERE = Path(__file__).parent
 
 settings.register_profile("default", max_examples=25, deadline=None, derandomize=True)
-settings.load_profile("default")
+settings.register_profile("nightly", max_examples=1000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+NIGHTLY = settings().max_examples == 1000
 
 seeds = st.integers(0, 2**16)
 task_numbers = st.integers(1, 4)
@@ -118,11 +124,14 @@ class Repeated(Fixed):
 
 def literal(pretrained: nn.Module, finetuned: list[nn.Module], lam: Tensor, x: Tensor) -> Tensor:
     """The equation, word by word: for every sample its own θ_0 + Σ_t λ_t τ_t, through which it runs alone."""
-    theta_0, thetas = pretrained.state_dict(), [module.state_dict() for module in finetuned]
+    named = {**dict(pretrained.named_parameters()), **dict(pretrained.named_buffers())}  # a tied one by one name
+    theta_0 = {name: p.detach() for name, p in named.items() if p.is_floating_point()}
+    thetas = [module.state_dict() for module in finetuned]
     outputs = []
     for b in range(len(x)):
         theta = {k: p + sum(lam[b, t] * (thetas[t][k] - p) for t in range(len(thetas))) for k, p in theta_0.items()}
-        outputs.append(functional_call(pretrained, theta, (x[b : b + 1],)))
+        theta |= {name: theta[name].detach() for name, _ in pretrained.named_buffers() if name in theta}
+        outputs.append(functional_call(copy.deepcopy(pretrained), theta, (x[b : b + 1],)))
     return torch.cat(outputs)
 
 
@@ -2695,8 +2704,9 @@ def paper(monkeypatch, tmp_path, model):
     for seed, task in enumerate(clip.TASKS):
         file = hub / clip.expert_repo(TINY, task) / "model.safetensors"
         file.parent.mkdir(parents=True)
+        state = tiny_hugging_face().state_dict()
         torch.manual_seed(seed)
-        state = {name: p + 0.05 * torch.randn_like(p) for name, p in tiny_hugging_face().state_dict().items()}
+        state = {name: p + 0.05 * torch.randn_like(p) for name, p in state.items()}
         save_file(state, file)
         write_set(hub, task, count=18, seed=seed)
 
@@ -2874,6 +2884,582 @@ def test_a_broken_file_is_named_and_nothing_done_is_lost(paper, tmp_path, capsys
 def test_bad_arguments_of_the_papers_suite(arguments, message, capsys, tmp_path):
     assert reproduce.main([*arguments, "--output", str(tmp_path), "--cache", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------
+# It does not break: bad input, hostile files, kills, numbers at their limits, and anything random
+# ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, model):
+    """A folder with a mirror of two tasks and the results of one method."""
+    root = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(clip.ARCHITECTURES, "ViT-B-32", TINY._replace(name="ViT-B-32"))
+        save_file(model.state_dict(), made(root / "hub" / TINY.repo / "open_clip_model.safetensors"))
+        for seed, task in enumerate(("EuroSAT", "SVHN")):
+            state = tiny_hugging_face().state_dict()
+            torch.manual_seed(seed)
+            state = {name: p + 0.05 * torch.randn_like(p) for name, p in state.items()}
+            save_file(state, made(weights_of(root, task)))
+            write_set(root / "hub", task, count=9, seed=seed)
+        assert reproduce.main([*run_in(root), "--methods", "pre-trained"]) in (0, 1)
+    return root
+
+
+def made(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def run_in(root: Path) -> list[str]:
+    folders = ["--hub", str(root / "hub"), "--cache", str(root / "images"), "--output", str(root / "results")]
+    return ["ViT-B-32", *folders, "--tasks", "EuroSAT", "SVHN", "--steps", "2"]
+
+
+def weights_of(root: Path, task: str = "EuroSAT") -> Path:
+    return root / "hub" / clip.expert_repo(TINY, task) / "model.safetensors"
+
+
+def pretrained_of(root: Path) -> Path:
+    return root / "hub" / TINY.repo / "open_clip_model.safetensors"
+
+
+def images_of(root: Path) -> Path:
+    return root / "hub" / clip.TASKS["SVHN"].repo / "cropped_digits" / "test-00000-of-00001.parquet"
+
+
+def replaced(where, data: bytes):
+    return lambda root: where(root).write_bytes(data)
+
+
+def cut(where, share: float):
+    return lambda root: where(root).write_bytes(where(root).read_bytes()[: int(where(root).stat().st_size * share)])
+
+
+def entry(where, change):
+    """Save the tensors again after `change` has had its way with them."""
+
+    def damage(root: Path) -> None:
+        state = load_file(where(root))
+        change(state)
+        save_file(state, where(root))
+
+    return damage
+
+
+def first_entry(function):
+    def change(state: dict) -> None:
+        name = next(name for name, p in state.items() if p.dim() == 2)
+        state[name] = function(state[name])
+
+    return change
+
+
+def pickled(thing, where=weights_of):
+    """The safetensors file gives way to what torch.save makes of `thing(root)`."""
+
+    def damage(root: Path) -> None:
+        names = {"model.safetensors": "pytorch_model.bin"}
+        where(root).unlink()
+        path = where(root).with_name(names.get(where(root).name, "open_clip_pytorch_model.bin"))
+        torch.save(thing(root), path)
+
+    return damage
+
+
+def pretrained_as_expert(root: Path) -> None:
+    state = {name.removeprefix("visual."): p for name, p in load_file(pretrained_of(root)).items() if "visual." in name}
+    names = {name: clip.hugging_face_names(name) for name in state if name != "proj"}
+    parts = {part: p for name in names for part, p in zip(names[name], state[name].chunk(len(names[name])))}
+    save_file({name: p.contiguous() for name, p in parts.items()}, weights_of(root))
+
+
+def data_set(images=None, labels=None, classes=None, **options):
+    def damage(root: Path) -> None:
+        spec, pictures = clip.TASKS["SVHN"], [picture("RGB", 40, 30, seed) for seed in range(9)]
+        changed = images(pictures) if images else pictures
+        write_parquet(images_of(root), changed, labels or [0] * len(changed), classes or spec.classes, **options)
+
+    return damage
+
+
+def at(index: int, data: bytes):
+    return lambda pictures: [*pictures[:index], data, *pictures[index + 1 :]]
+
+
+def bomb() -> bytes:
+    file = io.BytesIO()
+    Image.new("1", (20000, 20000)).save(file, "PNG")
+    return file.getvalue()
+
+
+def raising(owner, name: str, error: BaseException):
+    """Let a function fail as it does where the machine is at its limits."""
+
+    def damage(root: Path, monkeypatch) -> None:
+        def fail(*_, **__):
+            raise error
+
+        monkeypatch.setattr(owner, name, fail)
+
+    return damage
+
+
+def with_arguments(*arguments: str):
+    return lambda root: [argument.format(root=root) for argument in arguments]
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"  # noqa: E501
+LYING = (2**40).to_bytes(8, "little") + b"{}" * 50
+OUTSIDE = json.dumps({"a": {"dtype": "F32", "shape": [1000], "data_offsets": [0, 4000]}}).encode()
+DAMAGE = {
+    # Checkpoints: an expert's
+    "no weights": (lambda root: weights_of(root).rename(root / "away"), "the mirror has no files in .*eurosat"),
+    "other files only": (
+        lambda root: weights_of(root).rename(weights_of(root).with_name("model.onnx")),
+        "has no model.safetensors or pytorch_model.bin; it has: model.onnx",
+    ),
+    "no mirror": (with_arguments("--hub", "{root}/nowhere"), "the mirror has no files in .*nowhere"),
+    "empty": (replaced(weights_of, b""), "model.safetensors is empty: download it again"),
+    "zeros": (replaced(weights_of, bytes(5000)), "nothing but zeros: download it again"),
+    "truncated": (cut(weights_of, 0.7), "model.safetensors is not a readable weight file"),
+    "header cut": (replaced(weights_of, b"\1\0"), "model.safetensors is not a readable weight file"),
+    "web page": (replaced(weights_of, b"\n<!DOCTYPE html><p>404 Not Found"), "is a web page, not weights"),
+    "git-LFS pointer": (replaced(weights_of, LFS), "is a git-LFS pointer, not the file itself: `git lfs pull` gets it"),
+    "lying header": (replaced(weights_of, LYING), "model.safetensors is not a readable weight file"),
+    "offsets outside": (
+        replaced(weights_of, len(OUTSIDE).to_bytes(8, "little") + OUTSIDE + bytes(40)),
+        "model.safetensors is not a readable weight file",
+    ),
+    "other architecture": (entry(weights_of, first_entry(lambda p: torch.cat([p, p]))), "has the shape .* needs"),
+    "entry too many": (entry(weights_of, lambda s: s.update(more=torch.ones(1))), "does not know: more"),
+    "entry too few": (entry(weights_of, lambda s: s.pop(sorted(s)[0])), "model.safetensors lacks "),
+    "NaN": (entry(weights_of, first_entry(lambda p: p * math.nan)), "values that are not finite"),
+    "infinite": (entry(weights_of, first_entry(lambda p: p / 0)), "values that are not finite"),
+    "integers": (entry(weights_of, first_entry(lambda p: p.to(torch.int8))), "has the dtype torch.int8; floating"),
+    "pickle with code": (pickled(lambda root: Evil(root / "marker")), "never run, and model.safetensors is the safe"),
+    "pickled list": (pickled(lambda root: [torch.ones(2)]), "should hold tensors by name"),
+    "pickled web page": (
+        lambda root: weights_of(root).rename(weights_of(root).with_name("pytorch_model.bin")).write_bytes(b"<html>"),
+        "pytorch_model.bin is a web page",
+    ),
+    "same file twice": (
+        lambda root: shutil.copy(weights_of(root, "SVHN"), weights_of(root)),
+        "the expert of (SVHN|EuroSAT) is that of (SVHN|EuroSAT) once more",
+    ),
+    "pre-trained as expert": (pretrained_as_expert, "the expert of EuroSAT is the pre-trained model itself"),
+    # Checkpoints: the pre-trained one
+    "pre-trained absent": (lambda root: pretrained_of(root).unlink(), "the mirror has no files in .*tiny.openai"),
+    "pre-trained empty": (replaced(pretrained_of, b""), "is empty: download it again"),
+    "pre-trained pointer": (replaced(pretrained_of, LFS), "is a git-LFS pointer"),
+    "pre-trained truncated": (cut(pretrained_of, 0.5), "cannot load the weights of tiny-quickgelu from"),
+    "pre-trained other": (
+        entry(pretrained_of, lambda s: s.update({"visual.proj": torch.ones(64, 9)})),
+        "cannot load the weights of tiny-quickgelu from",
+    ),
+    "pre-trained NaN": (entry(pretrained_of, lambda s: s["visual.proj"].mul_(math.nan)), "not finite"),
+    "pre-trained with code": (pickled(lambda root: Evil(root / "marker"), pretrained_of), "cannot load the weights"),
+    # Data sets
+    "no test split": (
+        lambda root: images_of(root).rename(images_of(root).with_name("train-00000-of-00001.parquet")),
+        "has no split 'test' in parquet files; it has: train",
+    ),
+    "no images": (data_set(lambda _: []), "SVHN, split test of .* has no images"),
+    "no data set": (lambda root: images_of(root).unlink(), "the mirror has no files in .*svhn"),
+    "data truncated": (cut(images_of, 0.5), "a parquet file cannot be read"),
+    "data a web page": (replaced(images_of, b"<html>Too many requests</html>"), "a parquet file cannot be read"),
+    "no image column": (data_set(image="picture"), "has no column image; it has: label, picture"),
+    "corrupt JPEG": (data_set(at(4, b"\xff\xd8\xff\xe0 no more")), "image 4 cannot be decoded"),
+    "no bytes": (data_set(at(8, b"")), "image 8 cannot be decoded"),
+    "huge image": (data_set(at(2, bomb())), "image 2 cannot be decoded: Image size .* exceeds limit"),
+    "label out of range": (
+        data_set(labels=[0] * 8 + [10], dtype=datasets.Value("int64")),
+        "image 8 has the label 10; 0 to 9 are known",
+    ),
+    "other classes": (data_set(classes=list("abc")), r"has 3 classes \(a, b, c\), but tasks.json 10"),
+    # Arguments
+    "unknown task": (with_arguments("--tasks", "Weather"), "unknown task 'Weather': choose among 'SUN397'"),
+    "unknown method": (with_arguments("--methods", "TIE"), "unknown method 'TIE': choose among"),
+    "unknown experiment": (with_arguments("--experiment", "x"), "unknown experiment 'x': choose among 'main'"),
+    "unknown device": (with_arguments("--device", "tpu9"), "--device tpu9: not usable here .*'cpu' always is"),
+    "zero steps": (with_arguments("--steps", "0"), "--steps 0: a number from 1 to"),
+    "negative steps": (with_arguments("--steps", "-5"), "--steps -5: a number from 1 to"),
+    "NaN steps": (with_arguments("--steps", "nan"), "--steps: invalid int value: 'nan'"),
+    "huge steps": (with_arguments("--steps", "1" + "0" * 30), "--steps 10+: a number from 1 to 2147483647"),
+    "negative seed": (with_arguments("--seed", "-1"), "--seed -1: a number from 0 to"),
+    "zero limit": (with_arguments("--limit", "0"), "--limit 0: a number from 1 to"),
+    "output a file": (with_arguments("--output", __file__), "test_wemoe.py: is a file, a folder is needed"),
+    "output in a file": (with_arguments("--output", __file__ + "/x"), "Not a directory.*test_wemoe.py/x"),
+    "images in a file": (with_arguments("--cache", __file__ + "/x"), "Not a directory.*test_wemoe.py"),
+    # The machine, and numbers
+    "disk full": (
+        raising(os, "fsync", OSError(28, "No space left on device")),
+        "cannot write .*No space left on device.*the same command goes on",
+    ),
+    "disk full, torch": (
+        raising(torch, "save", RuntimeError("PytorchStreamWriter failed writing file data/0")),
+        "cannot write .*failed writing file.*free some space",
+    ),
+    "GPU out of memory": (
+        raising(reproduce, "evaluate", torch.OutOfMemoryError("Tried to allocate 2.00 GiB")),
+        "out of memory; what is finished is kept.*--adapt-precision bfloat16.*Tried to allocate",
+    ),
+    "out of memory": (raising(reproduce, "evaluate", MemoryError()), "out of memory; what is finished is kept"),
+    "no convergence": (
+        raising(torch.linalg, "svd", torch.linalg.LinAlgError("svd: did not converge")),
+        "a decomposition failed .*did not converge.*--methods leaves out",
+    ),
+    "entropy NaN": (
+        lambda root, monkeypatch: monkeypatch.setattr(wemoe, "entropy", lambda logits: logits.sum(-1) * math.nan),
+        "The entropy of task 'EuroSAT' is nan at step 1 of 2",
+    ),
+}
+if not torch.cuda.is_available():
+    DAMAGE["no GPU"] = with_arguments("--device", "cuda"), "--device cuda: not usable here"
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_bad_input_is_one_sentence_and_nothing_finished_is_lost(name, finished, tmp_path, monkeypatch, capfd):
+    damage, sentence = DAMAGE[name]
+    monkeypatch.setitem(clip.ARCHITECTURES, "ViT-B-32", TINY._replace(name="ViT-B-32"))
+    root = tmp_path / "here"
+    shutil.copytree(finished, root)
+    kept = {path: path.read_bytes() for path in (root / "results").rglob("*") if path.suffix in (".json", ".md")}
+    assert len(kept) == 3
+    given = damage(root, monkeypatch) if damage.__code__.co_argcount == 2 else damage(root)
+    more = given if isinstance(given, list) else []
+    capfd.readouterr()
+    methods = [] if "--experiment" in more else ["--methods", "individual", "WEMoE (rank 16)"]
+    assert reproduce.main([*run_in(root), *methods, *more]) == 2
+    printed = capfd.readouterr().err
+    (line,) = [line for line in printed.splitlines() if "error" in line.lower()]
+    assert re.match(f"reproduce.py: error: .*{sentence}", line), line
+    assert "Traceback" not in printed and printed.splitlines()[-1] == line
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert not (root / "marker").exists() and not list(root.rglob("*.part"))
+
+
+def test_unusual_input_that_is_right_is_accepted(finished, tmp_path, monkeypatch):
+    """Half-precision weights, images of one pixel, and fewer of them than a batch has."""
+    monkeypatch.setitem(clip.ARCHITECTURES, "ViT-B-32", TINY._replace(name="ViT-B-32"))
+    root = tmp_path / "here"
+    shutil.copytree(finished, root)
+    save_file({name: p.half() for name, p in load_file(weights_of(root)).items()}, weights_of(root))
+    data_set(lambda pictures: [picture("RGB", 1, 1, 0), picture("L", 1, 300, 0), *pictures[:1]])(root)
+    assert reproduce.main([*run_in(root), "--methods", "individual", "WEMoE", "WEMoE (rank 16)"]) == 1
+    results = json.loads((root / "results/ViT-B-32/results.json").read_text())
+    assert all(math.isfinite(value) for method in results["methods"] for value in method["accuracy"].values())
+
+
+def test_a_run_leaves_a_folder_to_the_run_that_has_it(small, tmp_path, capsys):
+    (tmp_path / "results/miniature").mkdir(parents=True)
+    with suite.alone(tmp_path / "results/miniature"):
+        assert small("--methods", "pre-trained")[0] == 2
+    assert "another run is writing into" in capsys.readouterr().err
+    assert small("--methods", "pre-trained")[1]
+
+
+forked = pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has loaded everything already")
+
+
+def in_fork(function, *arguments) -> int:
+    """The process number of a fork that runs a function, quietly, in a process group of its own."""
+    if pid := os.fork():
+        return pid
+    try:
+        os.setsid()
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1), os.dup2(quiet, 2)
+        os._exit(function(*arguments))
+    finally:
+        os._exit(99)
+
+
+def counting(fatal: int, count_file: Path, run) -> int:
+    """Run with a count of what happens: images rendered, steps taken, files half and wholly written. Dies at one."""
+    count = 0
+
+    def tick() -> None:
+        nonlocal count
+        count += 1
+        if count == fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def ticking(owner, name: str, half=None) -> None:
+        original = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            if half:
+                half(original, *args, **kwargs)
+            tick()
+            result = original(*args, **kwargs)
+            if half:
+                tick()
+            return result
+
+        setattr(owner, name, wrapped)
+
+    ticking(miniature, "render")
+    ticking(torch.optim.AdamW, "step")
+    ticking(torch.optim.Adam, "step")
+    ticking(Path, "write_text", half=lambda write, path, text: write(path, text[: len(text) // 2]))
+    ticking(Path, "replace", half=lambda *_: None)
+    ticking(os, "fsync")
+    status = run()
+    count_file.write_bytes(str(count).encode())
+    return status
+
+
+@forked
+def test_killed_anywhere_and_started_again_it_ends_with_the_same_results(small, tmp_path, monkeypatch):
+    kills = 60 if NIGHTLY else 10
+    run = partial(small, "--methods", "individual", "WEMoE", "Concrete Task Arithmetic", "--steps", "3")
+    wait = lambda pid: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])  # noqa: E731
+    status = wait(in_fork(counting, 0, tmp_path / "count", lambda: run(output="whole")[0]))
+    total, random = int((tmp_path / "count").read_text()), np.random.default_rng(0)
+    expected = without_timings(json.loads((tmp_path / "whole/miniature/results.json").read_text()))
+    assert status in (0, 1) and total > 60
+    for kill in range(kills):  # one moment in each of as many parts of the run
+        here, fatal = partial(run, output=f"killed{kill}"), 1 + int((kill + random.random()) * total / kills)
+        assert wait(in_fork(counting, fatal, tmp_path / "count", lambda here=here: here()[0])) == -signal.SIGKILL
+        again, results = here()
+        assert again == status and without_timings(results) == expected, (fatal, total)
+        assert not list((tmp_path / f"killed{kill}").rglob("*.part"))
+
+
+@forked
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_ends_a_run_and_its_workers(number, small, tmp_path):
+    pid = in_fork(lambda: small("--methods", "WEMoE", "E-WEMoE", "--steps", "9999", "--workers", "2")[0])
+    adapting = tmp_path / "results/miniature/cache"
+    wait_until(lambda: any(adapting.glob("*wemoe*")))
+    os.kill(pid, number)
+    ended = []
+    wait_until(lambda: ended.append(os.waitpid(pid, os.WNOHANG)) or ended[-1][0])
+    assert os.waitstatus_to_exitcode(ended[-1][1]) == (-9 if number == signal.SIGKILL else 130)
+    wait_until(lambda: not group_exists(pid))
+    assert small("--methods", "pre-trained")[0] in (0, 1)  # the folder is free again
+
+
+def wait_until(condition) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.1)
+    pytest.fail("waited for a minute")
+
+
+def group_exists(pid: int) -> bool:
+    try:
+        os.killpg(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_signal_while_libraries_load_ends_it_without_a_traceback():
+    process = subprocess.Popen([sys.executable, HERE / "reproduce.py"], stderr=subprocess.PIPE, text=True)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130 or os.name == "nt"
+    assert "interrupted" in (error := process.stderr.read()) and "Traceback" not in error
+
+
+def test_deterministic_algorithms_raise_nothing_and_change_nothing(small):
+    methods = ["--methods", "individual", "WEMoE", "WEMoE (rank 16)", "E-WEMoE", "AdaMerging (task-wise)"]
+    _, expected = small(*methods, output="usual")
+    torch.use_deterministic_algorithms(True)
+    try:
+        _, results = small(*methods, output="deterministic")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert without_timings(results) == without_timings(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_adaptation_in_half_precision_stays_finite_at_clips_logit_scale(dtype):
+    """Features and logits in half precision, the scale 100, 397 classes, and features that settle every answer."""
+    pretrained, finetuned = family("plain", 16, 3, 0)
+    for certainty in (1e-3, 1.0, 100.0):
+        model = upscale(nn.ModuleDict({"mlp": pretrained})["mlp"], finetuned, modules=lambda name, _: name == "")
+        classes = 100 * certainty * F.normalize(torch.randn(16, 397), dim=0)
+        heads = {"a": lambda z, classes=classes: F.normalize(z, dim=-1) @ classes.to(z.dtype)}
+        before = copy.deepcopy(list(model.router.parameters()))
+        with torch.autocast("cpu", dtype):
+            history = adapt(model, {"a": [torch.randn(4, 3, 16).mul(30)[:, 0]]}, heads, steps=3, lr=1e-2)
+        assert all(0 <= value <= math.log(397) + 1e-3 for value in history)
+        assert all(p.isfinite().all() for p in model.router.parameters())
+        assert any(not torch.equal(p, q) for p, q in zip(model.router.parameters(), before)) or certainty == 100
+    for logits in (torch.full((2, 397), 6e4, dtype=dtype), torch.eye(397, dtype=dtype)[:2] * 6e4):
+        logits.requires_grad_()
+        entropy(logits).sum().backward()
+        assert logits.grad.isfinite().all()
+
+
+DEGENERATE = {
+    "zero": lambda pretrained, _: copy.deepcopy(pretrained.state_dict()),
+    "constant": lambda pretrained, _: {name: p + 0.5 for name, p in pretrained.state_dict().items()},
+    "identical": lambda _, finetuned: finetuned.state_dict(),
+    "tiny": lambda pretrained, _: {name: p * (1 + 1e-30) + 1e-42 for name, p in pretrained.state_dict().items()},
+    "ill-conditioned": lambda pretrained, _: {
+        n: p + torch.logspace(-37, 6, p.numel()).view_as(p) for n, p in pretrained.state_dict().items()
+    },
+}
+
+
+@pytest.mark.parametrize("name", DEGENERATE)
+def test_degenerate_task_vectors_give_finite_models(name):
+    pretrained, (one,) = family("plain", 6, 1, 0)
+    finetuned = [copy.deepcopy(one) for _ in range(3)]
+    for module in finetuned:
+        module.load_state_dict(DEGENERATE[name](pretrained, one))
+    vectors = [task_vector(pretrained, module) for module in finetuned]
+    unified, masks, rescalers = reproduce.emr(vectors)
+    assert all(math.isfinite(value) for value in rescalers)
+    for merged in (wemoe.ties(vectors), unified, wemoe.trim(vectors[0]), task_arithmetic(pretrained, vectors)):
+        assert all(p.isfinite().all() for p in merged.values())
+    if name in ("zero", "identical"):
+        for entry, value in wemoe.ties(vectors, keep=1.0).items():
+            close(value, vectors[0][entry])
+    for form in ({}, {"keep": 0.3}, {"rank": 2}):
+        module = WEMoE(pretrained, finetuned, Router(6, 3), **form)
+        y = module(1e-3 * torch.randn(4, 2, 6))
+        y.sum().backward()
+        assert y.isfinite().all() and all(p.grad.isfinite().all() for p in module.router.parameters())
+
+
+class Normed(nn.Module):
+    """Batch normalisation, tied weights, a shared submodule, a frozen, an unused and an adapted parameter."""
+
+    def __init__(self, size: int = 4):
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(size, size), nn.Linear(size, size), nn.BatchNorm1d(size)
+        self.down.weight = self.up.weight
+        self.again = self.up
+        self.a, self.b = nn.Parameter(torch.zeros(size, 2)), nn.Parameter(torch.zeros(2, size))  # as LoRA's
+        self.unused = nn.Parameter(torch.zeros(3))
+        self.up.bias.requires_grad_(False)
+        self.register_buffer("position_ids", torch.arange(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, self.position_ids]
+        return self.down(self.again(self.norm(self.up(x)))) + x @ self.a @ self.b
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_norms_ties_shared_frozen_unused_and_adapted_parameters(training):
+    torch.manual_seed(0)
+    models = [randomised(Normed()) for _ in range(3)]
+    for model in models:
+        model.norm.running_var.uniform_(0.5, 2), model.norm.running_mean.normal_()
+    x, lam = torch.randn(5, 4), torch.rand(5, 2) / 2  # merged variances stay positive
+    module = WEMoE(models[0], models[1:], router := Fixed(lam)).train(training)
+    assert module.training == training and not module.pretrained.norm.training
+    y, expected = module(x), literal(models[0].eval(), models[1:], router.lam, x)
+    close(y, expected, atol=1e-4)
+    for ours, theirs in zip(torch.autograd.grad(y.sum(), router.lam), torch.autograd.grad(expected.sum(), router.lam)):
+        close(ours, theirs, atol=1e-2)
+    shared = WEMoE(models[0], models[1:], Fixed(lam[0])).train(training)  # one λ for all: merged once
+    close(shared(x), literal(models[0], models[1:], lam[:1].expand(5, 2), x), atol=1e-4)
+    shared(x).sum().backward()
+    merging = wemoe.AdaMerging(models[0], [task_vector(models[0], m) for m in models[1:]]).train(training)
+    before = copy.deepcopy(merging.state_dict())
+    merging(x).square().sum().backward()
+    assert merging.lam.grad.isfinite().all() and merging.lam.grad.any()
+    if not training:
+        torch.testing.assert_close(merging.state_dict(), before, rtol=0, atol=0)
+        alone = copy.deepcopy(models[0])
+        alone.load_state_dict({**alone.state_dict(), **merging.merged()})
+        close(merging(x), alone.eval()(x))
+
+
+# Hypothesis draws modules as Transformers have them, 50 of each kind (HYPOTHESIS_PROFILE=nightly: 1,000).
+
+
+class Drawn(nn.Module):
+    """An MLP, gated or not, of one to three layers, with or without biases, norms inside, a residual connection."""
+
+    def __init__(self, size: int, hidden: int, layers: int, gated: bool, bias: bool, norm, activation, residual: bool):
+        super().__init__()
+        sizes = [size] + [hidden] * (layers - 1) + [size]
+        self.layers = nn.ModuleList(nn.Linear(a, b, bias=bias) for a, b in itertools.pairwise(sizes))
+        self.gates = nn.ModuleList(nn.Linear(a, b, bias=bias) for a, b in itertools.pairwise(sizes) if gated)
+        self.norms = nn.ModuleList(norm(a) for a in sizes[:-1] if norm)
+        self.activation, self.residual = activation, residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x
+        for i, layer in enumerate(self.layers):
+            h = self.norms[i](h) if self.norms else h
+            gate = torch.tanh(self.gates[i](h)) if self.gates else 1
+            h = self.activation(layer(h)) * gate
+        return h + x if self.residual else h
+
+
+drawn = st.fixed_dictionaries(
+    {
+        "size": st.integers(1, 5),
+        "hidden": st.integers(1, 7),
+        "layers": st.integers(1, 3),
+        "gated": st.booleans(),
+        "bias": st.booleans(),
+        "norm": st.sampled_from([None, nn.LayerNorm, nn.RMSNorm]),
+        "activation": st.sampled_from([F.gelu, F.silu, F.relu, torch.tanh, nn.Identity(), F.softplus]),
+        "residual": st.booleans(),
+    }
+)
+fuzz = settings(max_examples=max(50, settings().max_examples), deadline=None, derandomize=not NIGHTLY)
+
+
+@fuzz
+@given(drawn, task_numbers, batch_sizes, st.lists(st.integers(1, 3), max_size=3), st.integers(0, 2), seeds)
+def test_fuzzed_modules_obey_the_equation(spec, tasks, batch, tokens, depth, seed):
+    torch.manual_seed(seed)
+    pretrained, *finetuned = (randomised(Drawn(**spec)) for _ in range(tasks + 1))
+    size = spec["size"]
+    x = torch.randn(batch, *tokens, size, requires_grad=True)
+    module = WEMoE(pretrained, finetuned, randomised(Router(size, tasks, depth), 0.3))
+    y, expected = module(x), literal(pretrained, finetuned, module.router(x), x)
+    close(y, expected, atol=1e-3)  # as the loop
+    assert (y - module(x)).abs().max() < 1e-4  # twice the same
+    direction, sources = torch.randn_like(y), [x, *module.router.parameters()]
+    for ours, theirs in zip(*(torch.autograd.grad((out * direction).sum(), sources) for out in (y, expected))):
+        torch.testing.assert_close(ours, theirs, atol=1e-2, rtol=1e-2)
+    eye = torch.eye(tasks)
+    for t, model in enumerate(finetuned):  # one expert asked for by name answers alone
+        close(WEMoE(pretrained, finetuned, Repeated(eye[t]))(x), model(x), atol=1e-3)
+    close(WEMoE(pretrained, [pretrained] * tasks, module.router)(x), pretrained(x), atol=1e-3)  # nothing to add
+    close(module(x[:1]), y[:1], atol=1e-3)  # whoever else is in the batch
+    full = WEMoE(pretrained, finetuned, module.router, rank=99)
+    close(full(x), y, atol=1e-2)
+
+
+VALID = safetensors.torch.save({"a.weight": torch.randn(3, 5), "b": torch.arange(4), "c": torch.ones(2).half()})
+
+
+@fuzz
+@given(
+    st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 255)), max_size=6),
+    st.integers(0, len(VALID)),
+    st.binary(max_size=20),
+    st.sampled_from([None, 0, 7, 2**31, 2**63]),
+)
+def test_fuzzed_safetensors_load_or_are_refused(tmp_path_factory, changes, length, tail, header):
+    data = bytearray(VALID)
+    for place, byte in changes:
+        data[place] = byte
+    if header is not None:
+        data[:8] = header.to_bytes(8, "little")
+    path = tmp_path_factory.getbasetemp() / "fuzzed.safetensors"
+    path.write_bytes(bytes(data[: len(VALID) - length % 40 if length % 3 == 0 else None]) + tail)
+    try:
+        state = clip.read_weights(path)
+    except clip.InputError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+    else:
+        assert sum(p.nbytes for p in state.values()) <= path.stat().st_size
 
 
 # ------------------------------------------------------------------------------------------

@@ -341,6 +341,14 @@ class WEMoE(nn.Module):
         leaves = [next(tensors).flatten(0, 1) if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # (B, 1, ...)
         return tree_unflatten(leaves, structure)
 
+    def train(self, mode: bool = True) -> "WEMoE":
+        """As usual, but that batch normalisation goes on with its merged statistics: each sample is a batch of one."""
+        super().train(mode)
+        for module in self.pretrained.modules():
+            if isinstance(module, nn.modules.batchnorm._NormBase):
+                module.eval()
+        return self
+
     def __getattr__(self, name: str):
         """What else the wrapped module has stays in reach, except for its tensors: every sample has its own."""
         try:
@@ -394,7 +402,8 @@ class _MergedParameters(TorchFunctionMode):
         if id(p) not in self.forms:
             return p
         with torch.autocast(p.device.type, enabled=False):
-            return p + torch.tensordot(self.lam.to(p.dtype), self.forms[id(p)].dense(), dims=1)
+            merged = p + torch.tensordot(self.lam.to(p.dtype), self.forms[id(p)].dense(), dims=1)
+        return merged if isinstance(p, nn.Parameter) else merged.detach()  # no function differentiates a buffer
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return self.forms[id(weight)].linear(x, self.lam, weight, None if bias is None else self._merge(bias))
@@ -565,18 +574,27 @@ class AdaMerging(nn.Module):
     ):
         super().__init__()
         self.pretrained = copy.deepcopy(pretrained).requires_grad_(False)
-        stacked = _stack([_floating_entries(pretrained), *task_vectors], "the pre-trained model")  # (1 + T, *shape)
-        self.names, taus = list(stacked), (both[1:].clone() for both in stacked.values())
-        self.tau = nn.ParameterList(nn.Parameter(tau, requires_grad=False) for tau in taus)
-        self.lam = nn.Parameter(torch.full((len(stacked) if layer_wise else 1, len(task_vectors)), float(init_lambda)))
+        stacked = _stack([theta_0 := _floating_entries(pretrained), *task_vectors], "the pre-trained model")
+        self.names = list({id(p): name for name, p in theta_0.items()}.values())  # of a tied parameter, one
+        taus = (stacked[name][1:].clone() for name in self.names)
+        self.tau = nn.ParameterList(nn.Parameter(tau, requires_grad=False) for tau in taus)  # (T, *shape)
+        rows = len(self.names) if layer_wise else 1
+        self.lam = nn.Parameter(torch.full((rows, len(task_vectors)), float(init_lambda)))
 
     def merged(self) -> dict[str, Tensor]:
-        theta_0, rows = _floating_entries(self.pretrained), self.lam.expand(len(self.tau), -1)
-        taus = zip(self.names, rows, self.tau)
-        return {name: theta_0[name] + torch.tensordot(lam.to(tau), tau, dims=1) for name, lam, tau in taus}
+        theta_0 = _floating_entries(self.pretrained)
+        merged = {}
+        for name, lam, tau in zip(self.names, self.lam.expand(len(self.tau), -1), self.tau):
+            total = (p := theta_0[name]) + torch.tensordot(lam.to(tau), tau, dims=1)
+            merged[id(p)] = total if isinstance(p, nn.Parameter) else total.detach()  # no function differentiates these
+        return {name: merged[id(p)] for name, p in theta_0.items()}
 
     def forward(self, *args, **kwargs):
-        return torch.func.functional_call(self.pretrained, self.merged(), args, kwargs)
+        merged, modules = self.merged(), self.pretrained.named_modules()
+        # One name for each place: functional_call does not put back well what a module with two names holds.
+        places = (f"{name}.{entry}".lstrip(".") for name, m in modules for entry in (*m._parameters, *m._buffers))
+        merged = {place: merged[place] for place in places if place in merged}
+        return torch.func.functional_call(self.pretrained, merged, args, kwargs, tie_weights=False)
 
 
 def _selected(model: nn.Module, modules: str | Callable[[str, nn.Module], bool] | None) -> list[str]:

@@ -296,7 +296,9 @@ def load_pretrained(arch: Architecture, hub: Path | None = None) -> open_clip.CL
     source = arch.pretrained
     if hub is not None:
         repo = repository(arch.repo, "model", hub)
-        source = str(repo.fetch(repo.first(*PRETRAINED_FILES)))
+        source = str(path := repo.fetch(repo.first(*PRETRAINED_FILES)))
+        if what := mistaken(path):
+            raise InputError(f"{path} is {what}")
     try:
         model = open_clip.create_model(arch.model, source, force_quick_gelu=tag.get("quick_gelu", False))
     except Exception as error:  # open_clip lets through whatever torch, safetensors and the hub client raise
@@ -319,13 +321,32 @@ def load_expert(arch: Architecture, task: str, visual: nn.Module, hub: Path | No
     """
     repo = repository(expert_repo(arch, task), "model", hub)
     path = repo.fetch(repo.first(*WEIGHT_FILES))
+    return from_hugging_face(read_weights(path), visual, path)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weight file by name. Code in a pickle is never run. Raises InputError, saying what is there."""
+    safe = path.suffix == ".safetensors"
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        state = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in many ways
-        raise InputError(f"{path} is not a readable weight file: {one_line(error)}") from error
+        advice = "" if safe else "; code in a pickle is never run, and model.safetensors is the safe format"
+        what = mistaken(path) or f"not a readable weight file: {one_line(error)}"
+        raise InputError(f"{path} is {what}{advice}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path} should hold tensors by name, the state dict of a CLIPVisionModel, and nothing else")
-    return from_hugging_face(state, visual, path)
+    return state
+
+
+def mistaken(path: Path) -> str:
+    """What a file is that is often found in the place of weights; nothing if it is none of that."""
+    with open(path, "rb") as file:
+        start = file.read(2**16)
+    if not start.strip(b"\0"):
+        return "empty: download it again" if not start else "nothing but zeros: download it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "a git-LFS pointer, not the file itself: `git lfs pull` gets it"
+    return "a web page, not weights: download it again" if start.lstrip()[:1] == b"<" else ""
 
 
 def from_hugging_face(state: Mapping[str, Tensor], visual: nn.Module, source: Any) -> dict[str, Tensor]:
@@ -376,6 +397,8 @@ def refuse_unusable(state: Mapping[str, Tensor], shapes: Mapping[str, Iterable[i
         if shapes and value.shape != torch.Size(shapes[name]):
             shape = tuple(value.shape)
             raise InputError(f"{source}: {name} has the shape {shape}, the architecture needs {tuple(shapes[name])}")
+        if shapes and not value.is_floating_point():
+            raise InputError(f"{source}: {name} has the dtype {value.dtype}; floating-point weights are needed")
         if not value.isfinite().all():
             raise InputError(f"{source}: {name} has values that are not finite")
 

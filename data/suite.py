@@ -14,21 +14,25 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import repeat
+from itertools import combinations, repeat
 from pathlib import Path
+from threading import Thread
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import authors, clip, miniature
+from data.clip import InputError
 from data.corruptions import corrupt
 
 HERE = Path(__file__).parent
@@ -212,11 +216,21 @@ def paper_suite(arguments: argparse.Namespace) -> Suite:
     )
     if arguments.finetune:
         make_experts(suite, arguments)
+    refuse_twins(tower.state_dict(), experts)
     for task, state in experts.items():
         suite.experts[task] = copy.deepcopy(tower)
         suite.experts[task].load_state_dict(state, assign=True)
         suite.experts[task].requires_grad_(False)
     return suite
+
+
+def refuse_twins(pretrained: dict[str, Tensor], experts: dict[str, dict[str, Tensor]]) -> None:
+    """Raise InputError if an expert is the pre-trained model, or another expert: a file in the wrong place."""
+    models = {"pretrained": pretrained, **experts}
+    for (one, state), (other, again) in combinations(models.items(), 2):
+        if all(torch.equal(entry, again[name]) for name, entry in state.items()):
+            what = "the pre-trained model itself" if one == "pretrained" else f"that of {one} once more"
+            raise InputError(f"the expert of {other} is {what}: a file was put in the wrong place")
 
 
 OUR_NAMES = {
@@ -304,10 +318,36 @@ def derive_seed(*parts: object) -> int:
 
 
 def write(file: Path, save: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all; several processes may write the same one."""
+    """Write a file whole or not at all; several processes may write the same one. Raises OSError if it cannot be."""
     aside = file.with_name(f"{file.name}.{os.getpid()}.part")
-    save(aside)
-    aside.replace(file)
+    try:
+        save(aside)
+        with open(aside, "rb+") as written:
+            os.fsync(written.fileno())
+        aside.replace(file)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter
+        advice = "free some space or choose another --output, and the same command goes on"
+        raise OSError(f"cannot write {file} ({clip.one_line(error)}): {advice}") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """While this lasts, no other run may write into the folder. Raises InputError if one does already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        message = f"another run is writing into {folder}: wait for it, stop it, or choose another --output"
+        raise InputError(message) from None
+    try:
+        for left in folder.rglob("*.part"):  # by a run that was killed as it wrote
+            left.unlink()
+        yield
+    finally:
+        lock.release()
 
 
 def precision(device: torch.device, name: str):
@@ -362,6 +402,8 @@ WORKER = {"line": 0}  # in a worker: its suite, and the line of its progress bar
 
 def start_worker(suite: Suite, lock, count) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()  # not alone
     torch.set_num_threads(1)
     tqdm.set_lock(lock)
     with count.get_lock():
