@@ -356,7 +356,7 @@ def adapt(
     optimizer = torch.optim.Adam(trained.values())
     random = torch.cuda if suite.device.type == "cuda" else torch
     if file.exists():
-        kept = torch.load(file, suite.device, weights_only=True)
+        kept = clip.read_kept(file, partial(torch.load, map_location=suite.device, weights_only=True))
         curve = kept["curve"]
         optimizer.load_state_dict(kept["optimizer"])
         for entry, p in trained.items():
@@ -501,7 +501,7 @@ def run_method(suite: Suite, name: str, key: str, cache: Path, change: dict) -> 
     file = folder / "result.json"
     barrier()
     if file.exists():
-        return json.loads(file.read_text())
+        return clip.read_kept(file, lambda path: json.loads(path.read_text()))
     start = time.perf_counter()
     torch.manual_seed(suite.seed)
     suite = suite.variant(**change)

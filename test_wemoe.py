@@ -3120,15 +3120,40 @@ if not torch.cuda.is_available():
     DAMAGE["no GPU"] = with_arguments("--device", "cuda"), "--device cuda: not usable here"
 
 
+def kept_file(pattern: str, data: bytes = b"{"):
+    """A file that a run has kept is damaged afterwards."""
+
+    def damage(root: Path) -> None:
+        paths = [path for path in root.rglob("*") if re.search(pattern, str(path))]
+        assert paths, pattern
+        for path in paths:
+            path.write_bytes(data)
+
+    return damage
+
+
+DAMAGE |= {
+    "kept head": (
+        kept_file(r"images/.*EuroSAT.*\.safetensors"),
+        "is damaged .*: delete it, and the same command makes",
+    ),
+    "kept images": (kept_file(r"images/SVHN-test-.*\.npy$"), "is damaged .*: delete it, and the same command makes it"),
+    "kept result": (
+        lambda root: kept_file(r"cache/pre-trained-.*/result.json", b"{")(root) or ["--methods", "pre-trained"],
+        "result.json is damaged .*: delete it, and the same command makes it again",
+    ),
+}
+
+
 @pytest.mark.parametrize("name", DAMAGE)
 def test_bad_input_is_one_sentence_and_nothing_finished_is_lost(name, finished, tmp_path, monkeypatch, capfd):
     damage, sentence = DAMAGE[name]
     monkeypatch.setitem(clip.ARCHITECTURES, "ViT-B-32", TINY._replace(name="ViT-B-32"))
     root = tmp_path / "here"
     shutil.copytree(finished, root)
+    given = damage(root, monkeypatch) if damage.__code__.co_argcount == 2 else damage(root)
     kept = {path: path.read_bytes() for path in (root / "results").rglob("*") if path.suffix in (".json", ".md")}
     assert len(kept) == 3
-    given = damage(root, monkeypatch) if damage.__code__.co_argcount == 2 else damage(root)
     more = given if isinstance(given, list) else []
     capfd.readouterr()
     methods = [] if "--experiment" in more else ["--methods", "individual", "WEMoE (rank 16)"]
@@ -3177,14 +3202,13 @@ def in_fork(function, *arguments) -> int:
         os._exit(99)
 
 
-def counting(fatal: int, count_file: Path, run) -> int:
-    """Run with a count of what happens: images rendered, steps taken, files half and wholly written. Dies at one."""
-    count = 0
+def counting(fatal: int, log: Path, run) -> int:
+    """Run, noting what happens: images rendered, steps taken, files half and wholly written. Dies at one of these."""
+    events = []
 
-    def tick() -> None:
-        nonlocal count
-        count += 1
-        if count == fatal:
+    def tick(event: str) -> None:
+        events.append(event)
+        if len(events) == fatal:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def ticking(owner, name: str, half=None) -> None:
@@ -3193,10 +3217,9 @@ def counting(fatal: int, count_file: Path, run) -> int:
         def wrapped(*args, **kwargs):
             if half:
                 half(original, *args, **kwargs)
-            tick()
+                tick(f"half of {name}")
             result = original(*args, **kwargs)
-            if half:
-                tick()
+            tick(f"{owner.__name__}.{name}")
             return result
 
         setattr(owner, name, wrapped)
@@ -3205,28 +3228,32 @@ def counting(fatal: int, count_file: Path, run) -> int:
     ticking(torch.optim.AdamW, "step")
     ticking(torch.optim.Adam, "step")
     ticking(Path, "write_text", half=lambda write, path, text: write(path, text[: len(text) // 2]))
-    ticking(Path, "replace", half=lambda *_: None)
+    ticking(torch, "save", half=lambda _, state, path: path.write_bytes(b"PK"))
     ticking(os, "fsync")
+    ticking(Path, "replace")
     status = run()
-    count_file.write_bytes(str(count).encode())
+    log.write_bytes(json.dumps(events).encode())
     return status
 
 
 @forked
-def test_killed_anywhere_and_started_again_it_ends_with_the_same_results(small, tmp_path, monkeypatch):
-    kills = 60 if NIGHTLY else 10
+def test_killed_anywhere_and_started_again_it_ends_with_the_same_results(small, tmp_path):
+    """Killed as it renders, fine-tunes, adapts, draws masks, and writes: before, in the middle of it, and after."""
     run = partial(small, "--methods", "individual", "WEMoE", "Concrete Task Arithmetic", "--steps", "3")
     wait = lambda pid: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])  # noqa: E731
-    status = wait(in_fork(counting, 0, tmp_path / "count", lambda: run(output="whole")[0]))
-    total, random = int((tmp_path / "count").read_text()), np.random.default_rng(0)
+    status = wait(in_fork(counting, 0, tmp_path / "log", lambda: run(output="whole")[0]))
+    events, random = json.loads((tmp_path / "log").read_text()), np.random.default_rng(0)
     expected = without_timings(json.loads((tmp_path / "whole/miniature/results.json").read_text()))
-    assert status in (0, 1) and total > 60
-    for kill in range(kills):  # one moment in each of as many parts of the run
-        here, fatal = partial(run, output=f"killed{kill}"), 1 + int((kill + random.random()) * total / kills)
-        assert wait(in_fork(counting, fatal, tmp_path / "count", lambda here=here: here()[0])) == -signal.SIGKILL
-        again, results = here()
-        assert again == status and without_timings(results) == expected, (fatal, total)
-        assert not list((tmp_path / f"killed{kill}").rglob("*.part"))
+    kinds = sorted(set(events))
+    assert status in (0, 1) and len(kinds) == 9
+    for kind in kinds:
+        moments = [moment for moment, event in enumerate(events, 1) if event == kind]
+        for fatal in random.permutation(moments)[: 10 if NIGHTLY else 2 if kind.startswith("half") else 1].tolist():
+            here = partial(run, output=f"killed{fatal}")
+            assert wait(in_fork(counting, fatal, tmp_path / "log", lambda here=here: here()[0])) == -signal.SIGKILL
+            again, results = here()
+            assert again == status and without_timings(results) == expected, (kind, fatal)
+            assert not list((tmp_path / f"killed{fatal}").rglob("*.part"))
 
 
 @forked

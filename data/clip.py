@@ -433,7 +433,7 @@ def image_set(
     path = cache_path(spec, prep, cache, paths, f"{split}-spaced" if spaced else split, limit)
     cached(path, partial(decode, spec, prep, paths, split, chosen))
     # Copy on write: torch wants writable memory, the file stays as it is.
-    return torch.from_numpy(np.load(path, mmap_mode="c")), torch.from_numpy(labels[chosen])
+    return torch.from_numpy(read_kept(path, partial(np.load, mmap_mode="c"))), torch.from_numpy(labels[chosen])
 
 
 def normalise(images: Tensor, prep: PreprocessCfg = PreprocessCfg()) -> Tensor:  # noqa: B008 (never modified)
@@ -548,6 +548,15 @@ def cached(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             unfinished.unlink(missing_ok=True)
 
 
+def read_kept(path: Path, load: Callable[[Path], Any]) -> Any:
+    """What an earlier run has kept. Raises InputError if the file has been damaged since: it was written whole."""
+    try:
+        return load(path)
+    except Exception as error:  # a damaged file fails in many ways
+        message = f"{path} is damaged ({one_line(error)}): delete it, and the same command makes it again"
+        raise InputError(message) from error
+
+
 # ------------------------------------------------------------------------------------------------------------ the heads
 
 
@@ -573,5 +582,5 @@ def zero_shot_heads(
             facts = [arch.model, text.hexdigest(), TASKS[task].templates, TASKS[task].classes]
             path = Path(cache) / f"head-{task}-{digest(facts)}.safetensors"
             cached(path, lambda file, t=task: file.write(to_safetensors({"head": zero_shot_head(model, arch, t)})))
-            heads[task] = load_file(path)["head"].to(model.logit_scale.device)
+            heads[task] = read_kept(path, load_file)["head"].to(model.logit_scale.device)
     return heads

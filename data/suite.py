@@ -263,7 +263,7 @@ def make_experts(suite: Suite, arguments: argparse.Namespace, depends_on: bytes 
     barrier()
     for task, file in files.items():
         suite.experts[task] = copy.deepcopy(suite.pretrained)
-        suite.experts[task].load_state_dict(load_file(file))
+        suite.experts[task].load_state_dict(clip.read_kept(file, load_file))
 
 
 def make_expert(suite: Suite, task: str, file: Path) -> None:
