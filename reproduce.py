@@ -22,6 +22,7 @@ if __name__ == "__main__":  # loading the libraries takes seconds
 
 import argparse
 import copy
+import io
 import itertools
 import json
 import logging
@@ -31,6 +32,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -939,8 +941,8 @@ def parse_bench_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--precision", choices=(*PRECISIONS, "tf32"), default="float32", help="default: %(default)s")
     add("--output", type=Path, default=Path("results"), help="a folder (default: %(default)s)")
     parsed = parser.parse_args(arguments)
-    if parsed.tasks < 1 or min(parsed.batch) < 1:
-        raise InputError("--tasks and --batch take numbers from 1")
+    if not all(1 <= number < 2**31 for number in (parsed.tasks, *parsed.batch)):
+        raise InputError(f"--tasks and --batch take numbers from 1 to {2**31 - 1}")
     check_output(parsed.output)
     parsed.device = choose_device(parsed.device)
     return parsed
@@ -1042,11 +1044,12 @@ def choose_device(name: str | None) -> str:
     """The device to run on; in a distributed run, each process has a GPU of its own."""
     if name is None and torch.cuda.is_available():
         name = f"cuda:{os.environ['LOCAL_RANK']}" if world() > 1 else "cuda"
+    name = "cpu" if name is None else name
     try:
-        torch.empty(0, device=name or "cpu")
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); 'cpu' always is") from None
-    return name or "cpu"
+    return name
 
 
 OUT_OF_MEMORY = """out of memory; what is finished is kept. Adaptation takes most: --adapt-precision bfloat16
@@ -1054,13 +1057,18 @@ halves its activations, --methods leaves methods out, --device cpu has more room
 
 
 def interrupt(*_) -> None:
+    for each_signal in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each_signal, signal.SIG_IGN)  # once is enough
     raise KeyboardInterrupt
 
 
 def main(arguments: list[str] | None = None) -> int:
+    before = {}
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, interrupt)
+        before = {each_signal: signal.signal(each_signal, interrupt) for each_signal in (signal.SIGINT, signal.SIGTERM)}
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # on a terminal that has no ✓
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():  # started by torchrun
         dist.init_process_group()
     try:
@@ -1074,10 +1082,18 @@ def main(arguments: list[str] | None = None) -> int:
         return fail(f"a decomposition failed ({clip.one_line(error)}); --methods leaves out what is of low rank")
     except (torch.OutOfMemoryError, MemoryError) as error:
         return fail(f"{OUT_OF_MEMORY} ({clip.one_line(error)})")
+    except BrokenProcessPool:
+        return fail("a worker was killed, perhaps for want of memory; the same command goes on, --workers 1 takes less")
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):  # torch's words on a CPU
+            raise
+        return fail(f"{OUT_OF_MEMORY} ({clip.one_line(error)})")
     except KeyboardInterrupt:
         print("\nreproduce.py: interrupted; the same command goes on from what is finished", file=sys.stderr)
         return 130
     finally:
+        for each_signal, handler in before.items():
+            signal.signal(each_signal, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import types
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -512,6 +513,9 @@ def test_an_argument_that_could_belong_to_the_samples_or_not_is_refused():
     module, x = WEMoE(models[0], models[1:], Router(4, 1)), torch.randn(3, 3, 4)
     with pytest.raises(ValueError, match=r"\(3, 3\) may belong to the samples"):
         module(x, x, x, attn_mask=torch.zeros(3, 3))
+    assert wemoe._belongs_to_samples(torch.ones(4, 3), torch.ones(4, 3, 4))  # a mask of tokens
+    with pytest.raises(ValueError, match=r"shape \(4,\) may belong to the samples"):
+        wemoe._belongs_to_samples(torch.ones(4), torch.ones(4, 3, 4))  # as a scale of features would be
 
 
 def test_the_input_may_be_given_by_name_and_outputs_may_be_nested():
@@ -907,7 +911,7 @@ def test_all_entries_and_the_full_rank_are_the_dense_module(kind, tasks, form, s
     router, x = randomised(Router(4, tasks)), torch.randn(3, 2, 4)
     results = [output_and_gradients(WEMoE(pretrained, finetuned, router, **options), x) for options in (form, {})]
     for ours, theirs in zip(*results, strict=True):
-        close(ours, theirs, atol=1e-3) if "rank" in form else same(ours, theirs)
+        close(ours, theirs, atol=1e-3)
 
 
 @given(kinds, task_numbers, st.floats(0.01, 1), seeds)
@@ -3084,6 +3088,8 @@ DAMAGE = {
     "unknown method": (with_arguments("--methods", "TIE"), "unknown method 'TIE': choose among"),
     "unknown experiment": (with_arguments("--experiment", "x"), "unknown experiment 'x': choose among 'main'"),
     "unknown device": (with_arguments("--device", "tpu9"), "--device tpu9: not usable here .*'cpu' always is"),
+    "meta device": (with_arguments("--device", "meta"), "--device meta: not usable here"),
+    "empty device": (with_arguments("--device", ""), "--device : not usable here"),
     "zero steps": (with_arguments("--steps", "0"), "--steps 0: a number from 1 to"),
     "negative steps": (with_arguments("--steps", "-5"), "--steps -5: a number from 1 to"),
     "NaN steps": (with_arguments("--steps", "nan"), "--steps: invalid int value: 'nan'"),
@@ -3110,6 +3116,14 @@ DAMAGE = {
     "no convergence": (
         raising(torch.linalg, "svd", torch.linalg.LinAlgError("svd: did not converge")),
         "a decomposition failed .*did not converge.*--methods leaves out",
+    ),
+    "no memory on a CPU": (
+        raising(reproduce, "evaluate", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 TB")),
+        "out of memory; what is finished is kept.*you tried 1 TB",
+    ),
+    "worker killed": (
+        raising(reproduce, "evaluate", BrokenProcessPool("A process was terminated abruptly")),
+        "a worker was killed, perhaps for want of memory; the same command goes on",
     ),
     "entropy NaN": (
         lambda root, monkeypatch: monkeypatch.setattr(wemoe, "entropy", lambda logits: logits.sum(-1) * math.nan),
@@ -3237,9 +3251,10 @@ def counting(fatal: int, log: Path, run) -> int:
 
 
 @forked
-def test_killed_anywhere_and_started_again_it_ends_with_the_same_results(small, tmp_path):
+def test_killed_anywhere_and_started_again_it_ends_with_the_same_results(small, tmp_path, monkeypatch):
     """Killed as it renders, fine-tunes, adapts, draws masks, and writes: before, in the middle of it, and after."""
     run = partial(small, "--methods", "individual", "WEMoE", "Concrete Task Arithmetic", "--steps", "3")
+    monkeypatch.setattr(reproduce, "draw", lambda *_: {})  # figures take half of the time
     wait = lambda pid: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])  # noqa: E731
     status = wait(in_fork(counting, 0, tmp_path / "log", lambda: run(output="whole")[0]))
     events, random = json.loads((tmp_path / "log").read_text()), np.random.default_rng(0)
@@ -3400,6 +3415,79 @@ def test_norms_ties_shared_frozen_unused_and_adapted_parameters(training):
         alone = copy.deepcopy(models[0])
         alone.load_state_dict({**alone.state_dict(), **merging.merged()})
         close(merging(x), alone.eval()(x))
+
+
+def test_a_tie_that_fine_tuning_has_cut_is_refused():
+    pretrained, other = Normed(), Normed()
+    other.down.weight = nn.Parameter(torch.ones(4, 4))
+    with pytest.raises(ValueError, match="'up.weight' and 'down.weight': tied in the pre-trained model, but not in"):
+        WEMoE(pretrained, [other], Router(4, 1))
+
+
+def test_routing_weights_of_a_shared_router_are_those_of_each_module():
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)) for _ in range(3)]
+    model = upscale(models[0], models[1:], modules="0|2", shared_router=True)
+    randomised(router := model[0].router)
+    x = torch.randn(5, 4)
+    with routing_weights(model) as weights:
+        model(x)
+    close(weights["0"], router(x))
+    close(weights["2"], router(model[1](model[0](x))))
+
+
+def adaptable() -> tuple[nn.Module, dict, dict]:
+    pretrained, finetuned = family("plain", 4, 2, 0)
+    model = upscale(pretrained, finetuned, modules=lambda name, _: name == "")
+    return model, {"a": [torch.randn(8, 4)]}, {"a": lambda z: z}
+
+
+def test_adapt_forgets_gradients_from_before():
+    models, loaders, heads = zip(*(adaptable() for _ in range(2)))
+    (1000 * models[0](loaders[0]["a"][0]).sum()).backward()
+    for model in models:
+        adapt(model, loaders[0], heads[0], steps=2, lr=0.1)
+        assert all(p.grad is None for p in model.parameters())
+    for one, other in zip(*(model.state_dict().values() for model in models)):
+        assert torch.equal(one, other)
+
+
+def test_adapt_refuses_what_would_ruin_the_routers():
+    model, loaders, _ = adaptable()
+    before = copy.deepcopy(model.state_dict())
+    bad = {"a": lambda z: z + 0 * (z - z.detach()).norm(dim=-1, keepdim=True).sqrt()}  # the gradient alone is NaN
+    with pytest.raises(FloatingPointError, match="The gradient is nan at step 1 of 1"):
+        adapt(model, loaders, bad, steps=1)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="float16, which is too narrow for Adam"):
+        adapt(model.half(), loaders, bad, steps=1)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_an_empty_batch_stays_empty(depth):
+    pretrained, finetuned = family("plain", 4, 2, 0)
+    assert WEMoE(pretrained, finetuned, Router(4, 2, depth))(torch.randn(0, 3, 4)).shape == (0, 3, 4)
+
+
+def test_state_that_is_no_tensor_is_kept():
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return {"version": [1]}
+
+        def set_extra_state(self, state):
+            self.state = state
+
+    models = [Extra(3, 3) for _ in range(2)]
+    assert upscale(nn.Sequential(models[0], nn.Linear(3, 3)), [nn.Sequential(models[1], nn.Linear(3, 3))], modules="1")[
+        0
+    ].state == {"version": [1]}
+
+
+def test_a_terminal_without_a_tick_gets_something_else(tmp_path):
+    say = "import io, sys, reproduce; reproduce.run = lambda _: print('\u2713') or True; sys.exit(reproduce.main([]))"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", say], env=environment, cwd=HERE, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "?\n"), done.stderr
 
 
 # Hypothesis draws modules as Transformers have them, 50 of each kind (HYPOTHESIS_PROFILE=nightly: 1,000).

@@ -46,16 +46,19 @@ def task_vector(pretrained: nn.Module | StateDict, finetuned: nn.Module | StateD
 
     Takes modules or state dicts. τ has an entry for each parameter and floating-point buffer; integers and booleans
     (counters, position ids) are skipped.
-    Raises ValueError, naming the entry, if keys or shapes differ or if a value is NaN or infinite.
+    Raises ValueError, naming the entry, if keys or shapes differ, if a value is NaN or infinite, or if the fine-tuned
+    model has two values for what is one parameter with two names (tied) in the pre-trained one.
     """
     theta_0, theta_t = _floating_entries(pretrained), _floating_entries(finetuned)
     _check_structure(theta_0, theta_t, "the fine-tuned model")
-    tau = {}
+    tau, names = {}, {}
     for name, origin in theta_0.items():
         for entry, which in ((origin, "pre-trained"), (theta_t[name], "fine-tuned")):
             if not entry.isfinite().all():
                 raise ValueError(f"{name!r} holds NaN or infinite values in the {which} model.")
         tau[name] = (theta_t[name].detach().to(origin.device) - origin.detach()).to(origin.dtype)
+        if not torch.equal(tau[name], tau[first := names.setdefault(id(origin), name)]):
+            raise ValueError(f"{first!r} and {name!r}: tied in the pre-trained model, but not in the fine-tuned model.")
     return tau
 
 
@@ -82,7 +85,7 @@ def task_arithmetic(
         for name, total in merged.items():
             total.add_(tau[name].detach().to(total), alpha=lam)
     everything = pretrained.state_dict() if isinstance(pretrained, nn.Module) else pretrained
-    return {name: (merged[name].to(p.dtype) if name in merged else p.clone()) for name, p in everything.items()}
+    return {name: (merged[name].to(p.dtype) if name in merged else copy.deepcopy(p)) for name, p in everything.items()}
 
 
 @torch.no_grad()
@@ -312,6 +315,8 @@ class WEMoE(nn.Module):
         x = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
         if x is None:
             raise TypeError("A WEMoE module takes a tensor of shape (B, ..., D) as its first input.")
+        if len(x) == 0:
+            return self.pretrained(*args, **kwargs)  # no sample to merge for
         lam = self.router(x)
         if lam.shape != (len(x), self.num_tasks):
             raise ValueError(f"The router gave weights of shape {tuple(lam.shape)} for an input {tuple(x.shape)}.")
@@ -364,7 +369,7 @@ def _belongs_to_samples(tensor: object, x: Tensor) -> bool:
     """Whether an argument is a tensor with one entry for each sample of the first input x (B, ..., D)."""
     if not isinstance(tensor, Tensor) or tensor.dim() == 0 or len(tensor) != len(x):
         return False
-    if tensor.dim() < x.dim() and len(x) in x.shape[1:-1]:
+    if tensor.dim() < x.dim() and len(x) in x.shape[1 : None if tensor.dim() == 1 else -1]:
         raise ValueError(
             f"An argument of shape {tuple(tensor.shape)} may belong to the samples or to another axis of the input of "
             f"shape {tuple(x.shape)}: use another batch size, or give it as many axes as the input has."
@@ -488,12 +493,15 @@ def routing_weights(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         model(images)
     weights["transformer.resblocks.0.mlp"]  # (B, T)
     """
-    weights = {}
-    hooks = [
-        module.router.register_forward_hook(lambda _, __, lam, name=name: weights.__setitem__(name, lam.detach()))
-        for name, module in model.named_modules()
-        if isinstance(module, WEMoE)
-    ]
+    weights: dict[str, Tensor] = {}
+    running = []  # the names of the WEMoE modules that have run, the last one last: modules may share a router
+    routed = {name: module for name, module in model.named_modules() if isinstance(module, WEMoE)}
+    hooks = [m.register_forward_pre_hook(lambda *_, name=name: running.append(name)) for name, m in routed.items()]
+
+    def record(router: nn.Module, inputs: tuple, lam: Tensor) -> None:
+        weights[running[-1]] = lam.detach()
+
+    hooks += [router.register_forward_hook(record) for router in {module.router for module in routed.values()}]
     try:
         yield weights
     finally:
@@ -672,11 +680,13 @@ def adapt(
     Returns the mean entropy over all tasks, in nats, at each step before its update.
     Raises ValueError if a task has no head or no batch, if a batch is no tensor, if nothing is trainable or if `steps`
     or `lr` is out of range; FloatingPointError, naming task and step and leaving the model as it was before that step,
-    if an entropy is not finite.
+    if an entropy or the gradient is not finite.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("The model has no trainable parameters; adapt takes what upscale returns.")
+    if any(p.dtype == torch.float16 for p in trainable):
+        raise ValueError("What is trained is in float16, which is too narrow for Adam: use float32 and torch.autocast.")
     if headless := loaders.keys() - heads.keys():
         raise ValueError(f"No head is given for {_quote(headless)}; there are heads for {_quote(heads)}.")
     if not loaders:
@@ -690,6 +700,7 @@ def adapt(
     for step in range(start + 1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
+        optimizer.zero_grad()
         losses = {}
         for task in loaders:
             x = next(batches[task]).to(trainable[0].device)
@@ -699,16 +710,17 @@ def adapt(
                 loss = entropy(logits).mean()
                 (loss - diversity * entropy(_log_mean(logits)) if diversity else loss).backward()
             losses[task] = loss.detach()
-        values = dict(zip(losses, torch.stack(list(losses.values())).tolist()))
-        for task, value in values.items():
+        norm = sum(p.grad.norm() for p in trainable if p.grad is not None)
+        *values, norm = torch.stack([*losses.values(), norm]).tolist()
+        for what, value in zip([*(f"entropy of task {task!r}" for task in losses), "gradient"], [*values, norm]):
             if not math.isfinite(value):
                 optimizer.zero_grad()
-                raise FloatingPointError(f"The entropy of task {task!r} is {value} at step {step} of {steps}.")
+                raise FloatingPointError(f"The {what} is {value} at step {step} of {steps}.")
         optimizer.step()
-        optimizer.zero_grad()
-        history.append(sum(values.values()) / len(values))
+        history.append(sum(values) / len(values))
         if on_step is not None:
-            on_step(step, values)
+            on_step(step, dict(zip(losses, values)))
+    optimizer.zero_grad()
     return history
 
 
