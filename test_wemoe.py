@@ -542,11 +542,12 @@ def test_functions_of_parameters_are_functions_of_merged_parameters():
         def __init__(self):
             super().__init__()
             self.a, self.b = nn.Parameter(torch.randn(4, 2)), nn.Parameter(torch.randn(2, 4))
-            self.bent = nn.Linear(4, 4)
+            self.c, self.bent = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 4)
             nn.utils.parametrize.register_parametrization(self.bent, "weight", nn.Tanh())
 
         def forward(self, x):
             assert self.a.shape == (4, 2) and self.a.dtype == x.dtype and self.a.device == x.device
+            x = F.linear(x, self.a.mT, torch.ones(2)) @ self.b + F.linear(x, self.c, torch.ones(4))
             return self.bent(x @ (self.a @ self.b)) + torch.einsum("...i,ij->...j", x, self.b.T @ self.b)
 
     models = [randomised(Odd(), 0.5) for _ in range(3)]

@@ -423,11 +423,8 @@ class _MergedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, lam: Tensor, theta: Tensor, bias: Tensor | None, form: _Dense) -> Tensor:
-        y = (
-            x.new_zeros(*x.shape[:2], len(theta))
-            if bias is None
-            else bias.to(x.dtype)[:, None].repeat(1, x.shape[1], 1)
-        )
+        bias = x.new_zeros(len(x), len(theta)) if bias is None else bias.to(x.dtype)
+        y = bias[:, None].repeat(1, x.shape[1], 1)  # (B, N, D_out)
         for samples, rows, columns, w, _ in _merged_tiles(lam, theta, form):
             y[samples, :, rows] += x[samples, :, columns] @ w.to(x.dtype).mT
         return y
@@ -455,9 +452,13 @@ class _MergedLinear(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, x: Tensor, lam: Tensor, theta: Tensor, bias: Tensor | None, form: _Dense):
         """What torch.vmap calls instead of running sample by sample: all x (B, ..., D_in) and λ (B, T), in one go."""
-        x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
-        bias = bias if bias is None else bias.movedim(in_dims[3], 0)
-        y = _MergedLinear.apply(x.reshape(len(x), -1, x.shape[-1]), lam.movedim(in_dims[1], 0), theta, bias, form)
+
+        def batched(tensor: Tensor, dim: int | None) -> Tensor:
+            return tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+        x, lam = batched(x, in_dims[0]), batched(lam, in_dims[1])
+        bias = None if bias is None else batched(bias, in_dims[3])
+        y = _MergedLinear.apply(x.reshape(len(x), -1, x.shape[-1]), lam, theta, bias, form)
         return y.view(*x.shape[:-1], len(theta)), 0
 
 
