@@ -3594,6 +3594,11 @@ def test_the_examples_in_readme_run_as_written(tmp_path, monkeypatch):
         exec(compile(example, "README.md", "exec"), {})
 
 
+def test_promises_name_tests_that_exist():
+    named = set(re.findall(r"`(test_\w+)`", (HERE / "README.md").read_text()))
+    assert len(named) > 12 and named <= globals().keys() and len(DAMAGE) > 60
+
+
 def test_wemoe_needs_nothing_but_torch():
     imports = re.findall(r"^(?:import|from) (\w+)", (HERE / "wemoe.py").read_text(), re.MULTILINE)
     assert set(imports) - set(sys.stdlib_module_names) == {"torch"}
