@@ -33,7 +33,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -50,7 +49,7 @@ import wemoe
 from data import clip, miniature, report
 from data.bench import medians, peak_bytes
 from data.claims import STATIC, check_collapse, check_generalization, check_miniature, check_published
-from data.clip import InputError
+from data.clip import InputError, write
 from data.corruptions import CORRUPTIONS
 from data.moments import average_by, fisher_information, gram_matrices, least_squares, weigh_entries
 from data.suite import (
@@ -69,7 +68,6 @@ from data.suite import (
     rank,
     say,
     world,
-    write,
 )
 
 HERE = Path(__file__).parent
@@ -656,13 +654,8 @@ EXPERIMENTS = {
 def run(arguments: argparse.Namespace) -> bool:
     """The whole experiment. Returns whether every claim holds."""
     output, experiment = arguments.folder, EXPERIMENTS[arguments.experiment]
-    with alone(arguments.cached.parent) if rank() == 0 else nullcontext():
-        for folder in (arguments.cached, output):
-            folder.mkdir(parents=True, exist_ok=True)
-        return run_alone(arguments, experiment, output)
-
-
-def run_alone(arguments: argparse.Namespace, experiment: Experiment, output: Path) -> bool:
+    for folder in (arguments.cached, output):
+        folder.mkdir(parents=True, exist_ok=True)
     measured: dict[str, dict[str, list[dict]]] = {}  # condition -> method -> an entry for every seed
     for seed in range(arguments.seed, arguments.seed + experiment.seeds):
         suite = SUITES[arguments.suite][0](argparse.Namespace(**{**vars(arguments), "seed": seed}))
@@ -889,12 +882,13 @@ def bench(arguments: argparse.Namespace) -> bool:
     x = random_images(arch, min(arguments.batch), device)
     times["step"] = medians({name: step_of(m, x, kind) for name, m in (("dense", dense), ("ours", ours))}, x.device)
     row(f"adaptation step, B = {len(x)}: ours / dense", times["step"]["ours"] / times["step"]["dense"], 2.0)
+    times["tasks"][tasks] = times["batch"][len(x)]
     for count in (2, 20):
         more = random_towers(arch, count, device)[1]
-        seconds = forwards(x, dense=dense, ours=more, usual=ours)
-        times["tasks"].update({count: {"dense": seconds["dense"], "ours": seconds["ours"]}})
-        times["tasks"][tasks] = {"dense": seconds["dense"], "ours": seconds["usual"]}
-    row(f"forward, B = {len(x)}: 20 tasks / {tasks} tasks", seconds["ours"] / seconds["usual"], 1.25)
+        seconds = forwards(x, dense=dense, ours=more, loop=as_loop(more), usual=ours)
+        growth = seconds["ours"] / seconds.pop("usual")
+        times["tasks"][count] = seconds
+    row(f"forward, B = {len(x)}: 20 tasks / {tasks} tasks", growth, 1.25)
     del more, loop
     low = random_towers(arch, tasks, device, rank=16)[1]
     seconds = times["rank 16"] = forwards(x, dense=dense, low=low)
@@ -1075,17 +1069,18 @@ def main(arguments: list[str] | None = None) -> int:
         arguments = sys.argv[1:] if arguments is None else arguments
         if arguments[:1] == ["bench"]:
             return 0 if bench(parse_bench_arguments(arguments[1:])) else 1
-        return 0 if run(parse_arguments(arguments)) else 1
+        parsed = parse_arguments(arguments)
+        with alone(parsed.cached.parent):
+            return 0 if run(parsed) else 1
     except (InputError, OSError, FloatingPointError) as error:
         return fail(error)
     except torch.linalg.LinAlgError as error:
         return fail(f"a decomposition failed ({clip.one_line(error)}); --methods leaves out what is of low rank")
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        return fail(f"{OUT_OF_MEMORY} ({clip.one_line(error)})")
     except BrokenProcessPool:
         return fail("a worker was killed, perhaps for want of memory; the same command goes on, --workers 1 takes less")
-    except RuntimeError as error:
-        if "allocate memory" not in str(error):  # torch's words on a CPU
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)  # on a CPU
+        if not known:
             raise
         return fail(f"{OUT_OF_MEMORY} ({clip.one_line(error)})")
     except KeyboardInterrupt:

@@ -2139,16 +2139,16 @@ def test_interruption_leaves_nothing_behind(tmp_path, monkeypatch):
         counted(patch, fail_at=5)
         clip.image_set("DTD", PREP, cache, hub)
     assert not [path for path in cache.iterdir() if path.suffix != ".lock"]
-    with monkeypatch.context() as patch:  # a run that was killed leaves an unfinished file, which is overwritten
+    with monkeypatch.context() as patch:  # a run that was killed leaves an unfinished file, which is removed
         patch.setattr(clip.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
         patch.setattr(Path, "unlink", lambda *_, **__: None)
-        with pytest.raises(OSError, match="killed"):
+        with pytest.raises(clip.InputError, match="cannot write .*killed"):
             clip.image_set("DTD", PREP, cache, hub)
-    (unfinished,) = cache.glob("*.unfinished")
+    (unfinished,) = cache.glob("*.part")
     unfinished.write_bytes(b"half")
     pixels, _ = clip.image_set("DTD", PREP, cache, hub)
     torch.testing.assert_close(clip.normalise(pixels), torch.stack(list(map(prepared, images))), atol=1e-6, rtol=0)
-    assert not list(cache.glob("*.unfinished"))
+    assert not list(cache.glob("*.part"))
 
 
 def test_two_at_a_time_decode_once(tmp_path, monkeypatch):
@@ -3101,9 +3101,19 @@ DAMAGE = {
     "output in a file": (with_arguments("--output", __file__ + "/x"), "Not a directory.*test_wemoe.py/x"),
     "images in a file": (with_arguments("--cache", __file__ + "/x"), "Not a directory.*test_wemoe.py"),
     # The machine, and numbers
+    "output not writable": (
+        raising(Path, "mkdir", PermissionError(13, "Permission denied", "results")),
+        "Permission denied: 'results'",
+    ),
     "disk full": (
         raising(os, "fsync", OSError(28, "No space left on device")),
         "cannot write .*No space left on device.*the same command goes on",
+    ),
+    "disk full, images": (
+        lambda root, monkeypatch: (
+            shutil.rmtree(root / "images") or raising(os, "fsync", OSError(28, "No space left"))(root, monkeypatch)
+        ),
+        "cannot write .*head-EuroSAT.*No space left.*--cache",
     ),
     "disk full, torch": (
         raising(torch, "save", RuntimeError("PytorchStreamWriter failed writing file data/0")),
@@ -3486,8 +3496,8 @@ def test_state_that_is_no_tensor_is_kept():
 
 def test_a_terminal_without_a_tick_gets_something_else(tmp_path):
     say = "import io, sys, reproduce; reproduce.run = lambda _: print('\u2713') or True; sys.exit(reproduce.main([]))"
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([sys.executable, "-c", say], env=environment, cwd=HERE, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(HERE)}
+    done = subprocess.run([sys.executable, "-c", say], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "?\n"), done.stderr
 
 
@@ -3552,13 +3562,13 @@ def test_fuzzed_modules_obey_the_equation(spec, tasks, batch, tokens, depth, see
     close(full(x), y, atol=1e-2)
 
 
-VALID = safetensors.torch.save({"a.weight": torch.randn(3, 5), "b": torch.arange(4), "c": torch.ones(2).half()})
+VALID = safetensors.torch.save({"a.weight": torch.ones(3, 5), "b": torch.arange(4), "c": torch.ones(2).half()})
 
 
 @fuzz
 @given(
     st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 255)), max_size=6),
-    st.integers(0, len(VALID)),
+    st.none() | st.integers(0, len(VALID)),
     st.binary(max_size=20),
     st.sampled_from([None, 0, 7, 2**31, 2**63]),
 )
@@ -3569,7 +3579,7 @@ def test_fuzzed_safetensors_load_or_are_refused(tmp_path_factory, changes, lengt
     if header is not None:
         data[:8] = header.to_bytes(8, "little")
     path = tmp_path_factory.getbasetemp() / "fuzzed.safetensors"
-    path.write_bytes(bytes(data[: len(VALID) - length % 40 if length % 3 == 0 else None]) + tail)
+    path.write_bytes(bytes(data[:length]) + tail)
     try:
         state = clip.read_weights(path)
     except clip.InputError as error:

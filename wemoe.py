@@ -225,7 +225,7 @@ class _Sparse(_Dense):
 
     def rows(self, rows: slice) -> Tensor:
         size = self.shape[0] * self.shape[2:].numel()  # of one row, all tasks
-        ends = [row * size for row in (rows.start, min(rows.stop, self.shape[1]))]
+        ends = [rows.start * size, rows.stop * size]
         start, stop = torch.searchsorted(self.index, self.index.new_tensor(ends)).tolist()
         tile = self.values.new_zeros(ends[1] - ends[0])
         tile.scatter_(0, self.index[start:stop].long() - ends[0], self.values[start:stop])
@@ -333,16 +333,17 @@ class WEMoE(nn.Module):
         """Each sample is a batch of one with weights of its own; `torch.vmap` runs all of them at once."""
         split = tree_map(lambda leaf: 0 if _belongs_to_samples(leaf, x) else None, (args, kwargs))
         inputs = tree_map(lambda leaf: leaf.unsqueeze(1) if _belongs_to_samples(leaf, x) else leaf, (args, kwargs))
-        outputs = []  # of one sample, put aside here: vmap lets through nothing but tensors
+        output = None  # of one sample: its leaves and their structure, put aside since vmap returns tensors only
 
         def run_one(lam: Tensor, inputs: tuple) -> list[Tensor]:  # (T,), (1, ..., D)
+            nonlocal output
             # The other implementations of attention would go through the samples one by one under vmap.
             with sdpa_kernel(SDPBackend.MATH), _MergedParameters(self.pretrained, self.forms, lam, True):
-                outputs[:] = tree_flatten(self.pretrained(*inputs[0], **inputs[1]))
-            return [leaf for leaf in outputs[0] if isinstance(leaf, Tensor)]
+                output = tree_flatten(self.pretrained(*inputs[0], **inputs[1]))
+            return [leaf for leaf in output[0] if isinstance(leaf, Tensor)]
 
         tensors = iter(torch.vmap(run_one, in_dims=(0, split), randomness="different")(lam, inputs))
-        leaves, structure = outputs
+        leaves, structure = output
         leaves = [next(tensors).flatten(0, 1) if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # (B, 1, ...)
         return tree_unflatten(leaves, structure)
 
@@ -392,6 +393,7 @@ class _MergedParameters(TorchFunctionMode):
     def __init__(self, module: nn.Module, forms: Mapping[str, _Dense], lam: Tensor, batched: bool = False):
         super().__init__()
         self.lam, self.batched = lam, batched
+        # Functions are handed the tensors themselves, not their names.
         self.forms = {id(p): forms[name] for name, p in _floating_entries(module).items()}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -472,18 +474,23 @@ def _merged_tiles(lam: Tensor, theta: Tensor, form: _Dense) -> Iterator[tuple[sl
 
     Every tile overwrites the one before: fresh memory is slow to come by.
     """
-    sizes = (len(lam), *theta.shape)
-    starts = [range(0, size, step) for size, step in zip(sizes, _TILE.get(lam.device.type, _TILE["cuda"]))]
-    memory = theta.new_empty(math.prod(min(size, each.step) for size, each in zip(sizes, starts)))
-    for row in starts[1]:
-        taus = form.rows(rows := slice(row, row + starts[1].step))
-        for column in starts[2]:
-            tau = taus[..., columns := slice(column, column + starts[2].step)]
-            for sample in starts[0]:
-                some = lam[samples := slice(sample, sample + starts[0].step)].expand(len(tau), -1, -1)
-                w = memory[: some[..., :1].numel() * tau.shape[2]].view(len(tau), -1, tau.shape[2])
-                torch.baddbmm(theta[rows, None, columns], some, tau, out=w)  # (rows, samples, columns)
+    tile, whole = _TILE.get(lam.device.type, _TILE["cuda"]), (len(lam), *theta.shape)
+    memory = theta.new_empty(math.prod(map(min, tile, whole)))
+    samples_of, rows_of, columns_of = map(_slices, whole, tile)
+    for rows in rows_of:
+        tau_rows = form.rows(rows)
+        for columns in columns_of:
+            origin, tau = theta[rows, None, columns], tau_rows[..., columns]  # (rows, 1 or T, columns)
+            for samples in samples_of:
+                some = lam[samples].expand(len(tau), -1, -1)  # (rows, samples, T)
+                shape = len(tau), some.shape[1], tau.shape[2]
+                w = memory[: math.prod(shape)].view(shape)
+                torch.baddbmm(origin, some, tau, out=w)
                 yield samples, rows, columns, w.transpose(0, 1), tau
+
+
+def _slices(size: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
 @contextmanager
@@ -679,9 +686,9 @@ def adapt(
         on_step: called after each step with its number, from 1, and the mean entropy of every task.
 
     Returns the mean entropy over all tasks, in nats, at each step before its update.
-    Raises ValueError if a task has no head or no batch, if a batch is no tensor, if nothing is trainable or if `steps`
-    or `lr` is out of range; FloatingPointError, naming task and step and leaving the model as it was before that step,
-    if an entropy or the gradient is not finite.
+    Raises ValueError if a task has no head or no batch, if a batch is no tensor, if nothing is trainable, if it is in
+    float16, or if `steps` or `lr` is out of range; FloatingPointError, naming task and step and leaving the model as it
+    was before that step, if an entropy or the gradient is not finite.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:

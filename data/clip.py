@@ -297,8 +297,7 @@ def load_pretrained(arch: Architecture, hub: Path | None = None) -> open_clip.CL
     if hub is not None:
         repo = repository(arch.repo, "model", hub)
         source = str(path := repo.fetch(repo.first(*PRETRAINED_FILES)))
-        if what := mistaken(path):
-            raise InputError(f"{path} is {what}")
+        refuse_mistaken(path)
     try:
         model = open_clip.create_model(arch.model, source, force_quick_gelu=tag.get("quick_gelu", False))
     except Exception as error:  # open_clip lets through whatever torch, safetensors and the hub client raise
@@ -326,27 +325,28 @@ def load_expert(arch: Architecture, task: str, visual: nn.Module, hub: Path | No
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a weight file by name. Code in a pickle is never run. Raises InputError, saying what is there."""
+    refuse_mistaken(path)
     safe = path.suffix == ".safetensors"
     try:
         state = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in many ways
         advice = "" if safe else "; code in a pickle is never run, and model.safetensors is the safe format"
-        what = mistaken(path) or f"not a readable weight file: {one_line(error)}"
-        raise InputError(f"{path} is {what}{advice}") from error
+        raise InputError(f"{path} is not a readable weight file: {one_line(error)}{advice}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path} should hold tensors by name, the state dict of a CLIPVisionModel, and nothing else")
     return state
 
 
-def mistaken(path: Path) -> str:
-    """What a file is that is often found in the place of weights; nothing if it is none of that."""
+def refuse_mistaken(path: Path) -> None:
+    """Raise InputError for what is often found in the place of weights."""
     with open(path, "rb") as file:
         start = file.read(2**16)
-    if not start.strip(b"\0"):
-        return "empty: download it again" if not start else "nothing but zeros: download it again"
     if start.startswith(b"version https://git-lfs"):
-        return "a git-LFS pointer, not the file itself: `git lfs pull` gets it"
-    return "a web page, not weights: download it again" if start.lstrip()[:1] == b"<" else ""
+        raise InputError(f"{path} is a git-LFS pointer, not the file itself: `git lfs pull` gets it")
+    page = start.lstrip()[:1] == b"<"
+    if page or not start.strip(b"\0"):
+        what = "a web page, not weights" if page else "nothing but zeros" if start else "empty"
+        raise InputError(f"{path} is {what}: download it again")
 
 
 def from_hugging_face(state: Mapping[str, Tensor], visual: nn.Module, source: Any) -> dict[str, Tensor]:
@@ -531,21 +531,35 @@ def pixels(transform: Callable, entry: dict) -> bytes:
     return np.asarray(transform(image), np.uint8).transpose(2, 0, 1).tobytes()
 
 
-def cached(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+def cached(path: Path, save: Callable[[BinaryIO], Any]) -> None:
     """Make the file unless it is there. It appears only when complete and on disk, made by one process at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if path.exists():
             return
-        unfinished = path.with_name(f"{path.name}.unfinished")
-        try:
-            with open(unfinished, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+
+        def fill(aside: Path) -> None:
+            with open(aside, "wb") as file:
+                save(file)
+
+        for left in path.parent.glob(f"{path.name}.*.part"):  # by a run that was killed as it wrote
+            left.unlink()
+        write(path, fill)
+
+
+def write(file: Path, save: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all; several processes may write the same one. Raises InputError if it cannot be."""
+    aside = file.with_name(f"{file.name}.{os.getpid()}.part")
+    try:
+        save(aside)
+        with open(aside, "rb+") as written:
+            os.fsync(written.fileno())
+        aside.replace(file)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter
+        advice = "free some space or choose another --output or --cache, and the same command goes on"
+        raise InputError(f"cannot write {file} ({one_line(error)}): {advice}") from error
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def read_kept(path: Path, load: Callable[[Path], Any]) -> Any:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import authors, clip, miniature
-from data.clip import InputError
+from data.clip import InputError, write
 from data.corruptions import corrupt
 
 HERE = Path(__file__).parent
@@ -317,24 +317,12 @@ def derive_seed(*parts: object) -> int:
     return int(fingerprint(*parts), 16) % 2**31
 
 
-def write(file: Path, save: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all; several processes may write the same one. Raises OSError if it cannot be."""
-    aside = file.with_name(f"{file.name}.{os.getpid()}.part")
-    try:
-        save(aside)
-        with open(aside, "rb+") as written:
-            os.fsync(written.fileno())
-        aside.replace(file)
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter
-        advice = "free some space or choose another --output, and the same command goes on"
-        raise OSError(f"cannot write {file} ({clip.one_line(error)}): {advice}") from error
-    finally:
-        aside.unlink(missing_ok=True)
-
-
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """While this lasts, no other run may write into the folder. Raises InputError if one does already."""
+    if rank() > 0:  # the first process of a distributed run has it for all
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
