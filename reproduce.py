@@ -781,7 +781,8 @@ def bars(measured: dict, groups: dict[str, tuple[str, list[str]]]) -> dict[str, 
 
 
 class PerSampleLoop(nn.Module):
-    """What a WEMoE module computes, word by word: sample after sample, each through weights merged for it alone."""
+    """What a WEMoE module computes, word by word, and as the authors' library does: one sample after another, each
+    through weights merged for it alone, one task vector after another."""
 
     def __init__(self, module: wemoe.WEMoE):
         super().__init__()
@@ -791,7 +792,9 @@ class PerSampleLoop(nn.Module):
         theta_0, tau = dict(self.module.pretrained.named_parameters()), self.module.task_vectors
         outputs = []
         for sample, lam in zip(x, self.module.router(x)):
-            theta = {name: p + torch.tensordot(lam, tau[name], dims=1) for name, p in theta_0.items()}
+            theta = theta_0
+            for t, lam_t in enumerate(lam):
+                theta = {name: p + lam_t * tau[name][t] for name, p in theta.items()}
             outputs.append(torch.func.functional_call(self.module.pretrained, theta, (sample[None],)))
         return torch.cat(outputs)
 
@@ -872,17 +875,19 @@ def bench(arguments: argparse.Namespace) -> bool:
     expected, found = (forward_of(model, x, "float32")() for model in (loop, ours))
     if (error := (expected - found).abs().max() / expected.abs().max()) > (1e-2 if kind == "tf32" else 1e-4):
         raise FloatingPointError(f"what is timed differs from the loop by {error:.1e} of the largest output")
-    times = {"batch": {}, "tasks": {}}
-    for batch in sorted(arguments.batch):
-        seconds = times["batch"][batch] = forwards(
-            random_images(arch, batch, device), dense=dense, ours=ours, loop=loop
-        )
+    times = {"batch": {}, "step": {}, "tasks": {}}
+    least = arguments.batch[0]
+    for batch in arguments.batch:
+        x = random_images(arch, batch, device)
+        seconds = times["batch"][batch] = forwards(x, dense=dense, ours=ours, loop=loop)
         row(f"forward, B = {batch}: ours / dense", seconds["ours"] / seconds["dense"], 2.0 if gpu else 1.4)
-        row(f"forward, B = {batch}: loop / ours", seconds["loop"] / seconds["ours"], 20 if gpu else 3.5, most=False)
-    x = random_images(arch, min(arguments.batch), device)
-    times["step"] = medians({name: step_of(m, x, kind) for name, m in (("dense", dense), ("ours", ours))}, x.device)
-    row(f"adaptation step, B = {len(x)}: ours / dense", times["step"]["ours"] / times["step"]["dense"], 2.0)
-    times["tasks"][tasks] = times["batch"][len(x)]
+        if gpu or batch == least:
+            row(f"forward, B = {batch}: loop / ours", seconds["loop"] / seconds["ours"], 20 if gpu else 3.5, most=False)
+            models = {"dense": dense, "ours": ours}
+            seconds = times["step"][batch] = medians({k: step_of(m, x, kind) for k, m in models.items()}, x.device)
+            row(f"adaptation step, B = {batch}: ours / dense", seconds["ours"] / seconds["dense"], 2.0)
+    x = random_images(arch, least, device)
+    times["tasks"][tasks] = times["batch"][least]
     for count in (2, 20):
         more = random_towers(arch, count, device)[1]
         seconds = forwards(x, dense=dense, ours=more, loop=as_loop(more), usual=ours)
@@ -930,15 +935,16 @@ def parse_bench_arguments(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--arch", default="ViT-B-32", choices=clip.ARCHITECTURES, help="default: %(default)s")
     add("--tasks", type=int, default=8, metavar="T", help="default: %(default)s")
-    add("--batch", type=int, nargs="+", default=[16, 64], metavar="B", help="default: 16 64")
+    add("--batch", type=int, nargs="+", metavar="B", help="default: 16 64, on a GPU 16 128")
     add("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     add("--precision", choices=(*PRECISIONS, "tf32"), default="float32", help="default: %(default)s")
     add("--output", type=Path, default=Path("results"), help="a folder (default: %(default)s)")
     parsed = parser.parse_args(arguments)
-    if not all(1 <= number < 2**31 for number in (parsed.tasks, *parsed.batch)):
-        raise InputError(f"--tasks and --batch take numbers from 1 to {2**31 - 1}")
     check_output(parsed.output)
     parsed.device = choose_device(parsed.device)
+    parsed.batch = sorted({*(parsed.batch or (16, 64 if parsed.device == "cpu" else 128))})
+    if not all(1 <= number < 2**31 for number in (parsed.tasks, *parsed.batch)):
+        raise InputError(f"--tasks and --batch take numbers from 1 to {2**31 - 1}")
     return parsed
 
 

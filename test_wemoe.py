@@ -2589,8 +2589,12 @@ def test_bench_measures_ours_the_loop_and_the_dense_model(monkeypatch, tmp_path,
     options = ["--device", "cpu", "--output", str(tmp_path)]
     assert reproduce.main(["bench", "--tasks", "2", "--batch", "2", "3", *options]) == 1
     results = json.loads((tmp_path / "bench" / "results.json").read_text())
-    assert len(results["rows"]) == 2 * 2 + 4 and (tmp_path / "bench" / "time.png").exists()
-    assert capsys.readouterr().out.count("loop / ours") == 2
+    assert len(results["rows"]) == 2 + 5 and (tmp_path / "bench" / "time.png").exists()
+    assert (list(results["batch"]), sorted(results["tasks"])) == (["2", "3"], ["2", "20"])
+    timed = [*results["batch"].values(), *results["tasks"].values()]
+    assert all(seconds.keys() == {"dense", "ours", "loop"} for seconds in timed)  # what the plot shows
+    said = capsys.readouterr().out
+    assert (said.count("ours / dense"), said.count("loop / ours")) == (4, 1)
     monkeypatch.setattr(reproduce.PerSampleLoop, "forward", lambda self, x: x + 1)
     assert reproduce.main(["bench", *options]) == 2
     assert "differs from the loop" in capsys.readouterr().err
