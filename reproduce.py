@@ -856,15 +856,18 @@ def step_alone(which: int, arch: str, tasks: int, batch: int, device: str, kind:
 def bench(arguments: argparse.Namespace) -> bool:
     """Time and memory of WEMoE beside the dense model and the loop. Returns whether every bound is kept."""
     arch, tasks, device, kind = arguments.arch, arguments.tasks, arguments.device, arguments.precision
-    output, gpu, rows = arguments.output / "bench", device != "cpu", []
+    output, gpu = arguments.output / "bench", device != "cpu"
     output.mkdir(parents=True, exist_ok=True)
     torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
     machine = torch.cuda.get_device_name(device) if gpu else f"{cpu_name()}, {torch.get_num_threads()} threads"
     say(f"{arch}, {tasks} tasks, {kind}; {machine}")
+    times = {"batch": {}, "step": {}, "tasks": {}}  # seconds of forward passes and steps by B, of forward passes by T
+    results = {"arch": arch, "num_tasks": tasks, "machine": machine, "precision": kind, "rows": [], **times}
 
     def row(what: str, value: float, bound: float, most: bool = True) -> None:
         holds = value <= bound if most else value >= bound
-        rows.append({"what": what, "measured": round(value, 2), "bound": bound, "holds": holds})
+        results["rows"].append({"what": what, "measured": round(value, 2), "bound": bound, "holds": holds})
+        write(output / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
         say(f"{'✓' if holds else '✗'} {what}: {value:.2f} ({'at most' if most else 'at least'} {bound})")
 
     def forwards(x: Tensor, **models: nn.Module) -> dict[str, float]:
@@ -875,7 +878,6 @@ def bench(arguments: argparse.Namespace) -> bool:
     expected, found = (forward_of(model, x, "float32")() for model in (loop, ours))
     if (error := (expected - found).abs().max() / expected.abs().max()) > (1e-2 if kind == "tf32" else 1e-4):
         raise FloatingPointError(f"what is timed differs from the loop by {error:.1e} of the largest output")
-    times = {"batch": {}, "step": {}, "tasks": {}}
     least = arguments.batch[0]
     for batch in arguments.batch:
         x = random_images(arch, batch, device)
@@ -896,18 +898,16 @@ def bench(arguments: argparse.Namespace) -> bool:
     row(f"forward, B = {len(x)}: 20 tasks / {tasks} tasks", growth, 1.25)
     del more, loop
     low = random_towers(arch, tasks, device, rank=16)[1]
-    seconds = times["rank 16"] = forwards(x, dense=dense, low=low)
+    seconds = results["rank 16"] = forwards(x, dense=dense, low=low)
     row(f"forward, B = {len(x)}: rank 16 / dense", seconds["low"] / seconds["dense"], 1.25)
     del low, ours, dense
     peaks = [peak_bytes(step_alone, which, arch, tasks, len(x), device, kind) for which in (0, 1)]
-    times["peak_bytes"] = dict(zip(("dense", "ours"), peaks))
+    results["peak_bytes"] = dict(zip(("dense", "ours"), peaks))
     row(f"memory of a step, B = {len(x)}, beyond the model: ours / dense", peaks[1] / peaks[0], 1.5)
-    results = {"arch": arch, "tasks": tasks, "machine": machine, "precision": kind, "rows": rows, **times}
-    write(output / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
     figure = report.draw_times(times["batch"], dict(sorted(times["tasks"].items())))
     write(output / "time.png", partial(report.save, figure))
     say(f"Results and a plot are in {output}/.")
-    return all(row["holds"] for row in rows)
+    return all(row["holds"] for row in results["rows"])
 
 
 def cpu_name() -> str:
