@@ -1090,7 +1090,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return fail(f"{OUT_OF_MEMORY} ({clip.one_line(error)})")
     except KeyboardInterrupt:
-        print("\nreproduce.py: interrupted; the same command goes on from what is finished", file=sys.stderr)
+        hint = "" if arguments[:1] == ["bench"] else "; the same command goes on from what is finished"
+        print(f"\nreproduce.py: interrupted{hint}", file=sys.stderr)
         return 130
     finally:
         for each_signal, handler in before.items():
