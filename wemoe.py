@@ -370,6 +370,7 @@ def _belongs_to_samples(tensor: object, x: Tensor) -> bool:
     """Whether an argument is a tensor with one entry for each sample of the first input x (B, ..., D)."""
     if not isinstance(tensor, Tensor) or tensor.dim() == 0 or len(tensor) != len(x):
         return False
+    # A mask (tokens, tokens) when B is the number of tokens, a vector (D,) when B = D: nobody could tell whose it is.
     if tensor.dim() < x.dim() and len(x) in x.shape[1 : None if tensor.dim() == 1 else -1]:
         raise ValueError(
             f"An argument of shape {tuple(tensor.shape)} may belong to the samples or to another axis of the input of "
@@ -480,12 +481,12 @@ def _merged_tiles(lam: Tensor, theta: Tensor, form: _Dense) -> Iterator[tuple[sl
     for rows in rows_of:
         tau_rows = form.rows(rows)
         for columns in columns_of:
-            origin, tau = theta[rows, None, columns], tau_rows[..., columns]  # (rows, 1 or T, columns)
+            theta_0, tau = theta[rows, None, columns], tau_rows[..., columns]  # (rows, 1 or T, columns)
             for samples in samples_of:
-                some = lam[samples].expand(len(tau), -1, -1)  # (rows, samples, T)
-                shape = len(tau), some.shape[1], tau.shape[2]
+                lam_of_row = lam[samples].expand(len(tau), -1, -1)  # (rows, samples, T), the same for each row
+                shape = len(tau), lam_of_row.shape[1], tau.shape[2]
                 w = memory[: math.prod(shape)].view(shape)
-                torch.baddbmm(origin, some, tau, out=w)
+                torch.baddbmm(theta_0, lam_of_row, tau, out=w)  # θ_0 + λ τ, row by row
                 yield samples, rows, columns, w.transpose(0, 1), tau
 
 
