@@ -1,0 +1,79 @@
+"""Files and names: what is kept appears whole or not at all, bad input has one error, chance has a seed for every use."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+
+class InputError(ValueError):
+    """Files, data or a network that cannot be used: one sentence with what was found, where, and what would do."""
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def some(names: Iterable[str], limit: int = 6) -> str:
+    names = sorted(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "") or "nothing"
+
+
+def write(file: Path, save: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all; several processes may write the same one. Raises InputError if it cannot be."""
+    aside = file.with_name(f"{file.name}.{os.getpid()}.part")
+    try:
+        save(aside)
+        with open(aside, "rb+") as written:
+            os.fsync(written.fileno())
+        aside.replace(file)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter
+        advice = "free some space or choose another --output or --cache, and the same command goes on"
+        raise InputError(f"cannot write {file} ({one_line(error)}): {advice}") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_kept(path: Path, load: Callable[[Path], Any]) -> Any:
+    """What an earlier run has kept. Raises InputError if the file has been damaged since: it was written whole."""
+    try:
+        return load(path)
+    except Exception as error:  # a damaged file fails in many ways
+        message = f"{path} is damaged ({one_line(error)}): delete it, and the same command makes it again"
+        raise InputError(message) from error
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """While this lasts, no other run may write into the folder. Raises InputError if one does already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        message = f"another run is writing into {folder}: wait for it, stop it, or choose another --output"
+        raise InputError(message) from None
+    try:
+        for left in folder.rglob("*.part"):  # by a run that was killed as it wrote
+            left.unlink()
+        yield
+    finally:
+        lock.release()
+
+
+def fingerprint(*parts: object) -> str:
+    """A short name for everything that a kept file depends on: bytes, arrays, and whatever has a telling repr."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(repr(part).encode() if not hasattr(part, "__array__") and not isinstance(part, bytes) else part)
+        digest.update(b"\0")
+    return digest.hexdigest()[:16]
+
+
+def derive_seed(*parts: object) -> int:
+    """A seed of its own for every use and task, so that none depends on what ran before it."""
+    return int(fingerprint(*parts), 16) % 2**31
