@@ -1,5 +1,6 @@
-"""Files and names: what is kept appears whole or not at all, bad input has one error, chance has a seed for every use."""
+"""Files, names and arguments: kept files appear whole or not at all; bad input has one error; chance has its seeds."""
 
+import argparse
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -77,3 +78,24 @@ def fingerprint(*parts: object) -> str:
 def derive_seed(*parts: object) -> int:
     """A seed of its own for every use and task, so that none depends on what ran before it."""
     return int(fingerprint(*parts), 16) % 2**31
+
+
+class Parser(argparse.ArgumentParser):
+    """Its errors are InputErrors, too."""
+
+    def error(self, message: str):
+        raise InputError(message)
+
+
+def check_output(output: Path) -> None:
+    if output.is_file():
+        raise InputError(f"--output {output}: is a file, a folder is needed")
+
+
+def check_numbers(parsed: argparse.Namespace, least: dict[str, int]) -> None:
+    """Raise InputError for an option that is given and is less than it may be, or no number that a seed may be."""
+    for option, lowest in least.items():
+        value = getattr(parsed, option)
+        values = value if isinstance(value, list) else [value]
+        if any(v is not None and not lowest <= v < 2**31 for v in values):
+            raise InputError(f"--{option} {value}: a number from {lowest} to {2**31 - 1} is needed")

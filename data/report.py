@@ -4,14 +4,10 @@ import itertools
 import statistics
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
 from torch import Tensor
-
-from data.suite import OUR_NAMES
-
-matplotlib.use("Agg")
 
 
 def averages(entries: list[dict], tasks: list[str]) -> list[float]:
@@ -28,7 +24,7 @@ def table(
         headings += [*tasks, average]
         cells += [*([task] for task in tasks), tasks]
     headings += ["Seconds", "Parameters", "learned", "MB"] if details else []
-    theirs = {OUR_NAMES.get(row["method"], row["method"]): row for row in published}
+    theirs = {row["method"]: row for row in published}
     group = None
     for name, entries in methods.items():
         if details and group != entries[0]["group"]:
@@ -54,19 +50,38 @@ def table(
     return "".join(line + " |\n" for line in [lines[0], rule, *lines[1:]])
 
 
+def tables(conditions: list, entries: dict[str, dict[str, list[dict]]], details: bool) -> str:
+    """A table for every condition; conditions that have one method only share a table with what comes before them."""
+    shown: list[tuple[object, dict[str, list[dict]]]] = []
+    for condition in conditions:
+        rows = entries[condition.name]
+        if len(rows) == 1 and shown:
+            shown[-1][1].update({f"{name}, {condition.name}": seeds for name, seeds in rows.items()})
+        else:
+            shown.append((condition, dict(rows)))
+    texts = [(c.name, table(c.columns, rows, c.published, details)) for c, rows in shown]
+    return texts[0][1] if len(texts) == 1 else "\n".join(f"## {name}\n\n{text}" for name, text in texts)
+
+
 def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, format="png", dpi=150)
-    plt.close(figure)
+
+
+def panels(rows: int = 1, columns: int = 1, **options):
+    """A figure and its axes, an array of (rows, columns); no window system is asked for one."""
+    share = {"sharey": options.pop("sharey", False)}
+    figure = Figure(layout="constrained", **options)
+    return figure, figure.subplots(rows, columns, squeeze=False, **share)
 
 
 def draw_tasks(test: dict[str, tuple[Tensor, Tensor]], columns: int = 24) -> Figure:
     """A contact sheet: test images of every task, one row each, the classes taking turns."""
     size = (12, 0.6 * len(test))
-    figure, axes = plt.subplots(len(test), figsize=size, layout="constrained", squeeze=False)
+    figure, axes = panels(len(test), figsize=size)
     for (task, (images, _)), axis in zip(test.items(), axes[:, 0]):
         images = images[:columns]
         images = images[..., :: max(1, images.shape[-2] // 64), :: max(1, images.shape[-1] // 64)]
@@ -79,7 +94,7 @@ def draw_tasks(test: dict[str, tuple[Tensor, Tensor]], columns: int = 24) -> Fig
 def draw_accuracy(tasks: list[str], methods: list[dict]) -> Figure:
     """A heat map of the table: methods by tasks."""
     values = [[*(method["accuracy"][task] for task in tasks), method["average"]] for method in methods]
-    figure, axis = plt.subplots(figsize=(1.05 * len(tasks) + 3, 0.45 * len(methods) + 1), layout="constrained")
+    figure, ((axis,),) = panels(figsize=(1.05 * len(tasks) + 3, 0.45 * len(methods) + 1))
     lowest = min(map(min, values))
     axis.imshow(values, cmap="viridis", vmin=lowest, vmax=100, aspect="auto")
     axis.set_xticks(range(len(tasks) + 1), [*tasks, "Average"])
@@ -99,8 +114,8 @@ def draw_accuracy(tasks: list[str], methods: list[dict]) -> Figure:
 
 def draw_adaptation(curves: dict[str, dict], averages: dict[str, float], images: int, authors: dict | None) -> Figure:
     """Entropy and accuracy during adaptation, one line for each method that adapts, and the authors' WEMoE."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
-    colours = plt.get_cmap("tab20").colors
+    figure, ((left, right),) = panels(1, 2, figsize=(13, 4.5))
+    colours = colormaps["tab20"].colors
     for colour, (name, curve) in zip(itertools.cycle(colours), curves.items()):
         window = max(1, len(curve["entropy"]) // 10)
         smooth = [statistics.mean(curve["entropy"][max(0, i - window) : i + 1]) for i in range(len(curve["entropy"]))]
@@ -128,9 +143,7 @@ def draw_adaptation(curves: dict[str, dict], averages: dict[str, float], images:
 
 def draw_routing(tasks: list[str], routing: dict[str, list[list[float]]]) -> Figure:
     """Heat maps, one for every routed module: to which expert do images of which task go?"""
-    figure, axes = plt.subplots(
-        1, len(routing), figsize=(3.2 * len(routing) + 1, 5), layout="constrained", sharey=True, squeeze=False
-    )
+    figure, axes = panels(1, len(routing), figsize=(3.2 * len(routing) + 1, 5), sharey=True)
     limit = max(abs(value) for rows in routing.values() for row in rows for value in row)
     for axis, (name, rows) in zip(axes[0], routing.items()):
         image = axis.imshow(rows, cmap="RdBu_r", vmin=-limit, vmax=limit)
@@ -145,7 +158,7 @@ def draw_routing(tasks: list[str], routing: dict[str, list[list[float]]]) -> Fig
 
 def draw_scalings(curves: dict[str, list[dict]]) -> Figure:
     """Average accuracy against the scaling λ, a line for each method that was tried with several."""
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, ((axis,),) = panels(figsize=(6, 4))
     for name, curve in curves.items():
         axis.plot([point["scaling"] for point in curve], [point["average"] for point in curve], "o-", label=name)
     axis.set(xlabel="λ", ylabel="average accuracy (%)")
@@ -156,7 +169,7 @@ def draw_scalings(curves: dict[str, list[dict]]) -> Figure:
 def draw_conditions(conditions: dict[str, dict[str, list[float]]]) -> Figure:
     """Bars of accuracy: a group for every condition, a bar for every method in it, with its deviation over seeds."""
     names = list(dict.fromkeys(name for methods in conditions.values() for name in methods))
-    figure, axis = plt.subplots(figsize=(1.3 * len(conditions) + 3, 4), layout="constrained")
+    figure, ((axis,),) = panels(figsize=(1.3 * len(conditions) + 3, 4))
     width = 0.85 / len(names)
     for i, name in enumerate(names):
         known = {x: methods[name] for x, methods in enumerate(conditions.values()) if name in methods}
@@ -171,8 +184,7 @@ def draw_conditions(conditions: dict[str, dict[str, list[float]]]) -> Figure:
 
 def draw_ablation(settings: dict[str, dict[str, float]]) -> Figure:
     """One panel for each setting: accuracy at each of its values."""
-    shape = dict(figsize=(3 * len(settings), 3.2), layout="constrained", sharey=True, squeeze=False)
-    figure, axes = plt.subplots(1, len(settings), **shape)
+    figure, axes = panels(1, len(settings), figsize=(3 * len(settings), 3.2), sharey=True)
     for (setting, points), axis in zip(settings.items(), axes[0]):
         axis.plot(list(points), list(points.values()), "o-")
         axis.set(xlabel=setting)
@@ -183,11 +195,46 @@ def draw_ablation(settings: dict[str, dict[str, float]]) -> Figure:
 
 def draw_times(by_batch: dict[int, dict[str, float]], by_tasks: dict[int, dict[str, float]]) -> Figure:
     """Seconds of a forward pass against the batch size, and against the number of tasks."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, points, label in zip(axes, (by_batch, by_tasks), ("batch size B", "tasks T")):
+    figure, axes = panels(1, 2, figsize=(10, 4))
+    for axis, points, label in zip(axes[0], (by_batch, by_tasks), ("batch size B", "tasks T")):
         for name in dict.fromkeys(name for seconds in points.values() for name in seconds):
             known = {x: seconds[name] for x, seconds in points.items() if name in seconds}
             axis.plot(list(known), list(known.values()), "o-", label=name)
         axis.set(xlabel=label, ylabel="seconds a forward pass", xscale="log", yscale="log")
         axis.legend()
     return figure
+
+
+def draw_mechanism() -> Figure:
+    """What a WEMoE module does with an input, as README shows it: router → λ → merged weights → MLP."""
+    figure, ((axis,),) = panels(figsize=(9.2, 3.3))
+    axis.set(xlim=(0, 10), ylim=(0, 3.6))
+    axis.axis("off")
+    blue, orange, grey = "#cfe2f3", "#fce5cd", "#eeeeee"
+
+    def box(x: float, y: float, width: float, height: float, text: str, colour: str) -> None:
+        axis.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0.05", fc=colour, ec="black", lw=0.8))
+        axis.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=10)
+
+    def arrow(start: tuple[float, float], end: tuple[float, float], label: str = "") -> None:
+        axis.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "lw": 1.2, "color": "black"})
+        middle = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
+        axis.text(middle[0], middle[1] + 0.12, label, ha="center", va="bottom", fontsize=9)
+
+    box(0.1, 0.5, 1.5, 0.8, "h  (B, N, D)\ntokens of B inputs", grey)
+    box(2.3, 2.3, 2.0, 0.8, "router\nmean of r(h) over tokens", orange)
+    box(5.2, 2.3, 2.7, 0.8, "θ(x) = θ₀ + Σₜ λₜ(x) τₜ\nmerged for each input", blue)
+    box(8.6, 2.3, 1.3, 0.8, "θ₀ and all τₜ,\nfrozen", grey)
+    box(5.2, 0.5, 2.7, 0.8, "MLP with weights θ(x)", blue)
+    box(8.6, 0.5, 1.3, 0.8, "output\n(B, N, D)", grey)
+    arrow((1.0, 1.4), (2.2, 2.6))
+    arrow((4.4, 2.7), (5.1, 2.7), "λ (B, T)")
+    arrow((8.5, 2.7), (8.0, 2.7))
+    arrow((6.55, 2.2), (6.55, 1.4))
+    arrow((1.7, 0.9), (5.1, 0.9))
+    arrow((8.0, 0.9), (8.5, 0.9))
+    return figure
+
+
+if __name__ == "__main__":  # python -m data.report: README's drawing
+    save(draw_mechanism(), Path(".github/figures/mechanism.png"))

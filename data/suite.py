@@ -1,54 +1,38 @@
-"""What an experiment runs on: a suite is tasks, zero-shot heads, test images, a pre-trained tower and its experts.
+"""What an experiment runs on, and its four verbs: fine-tune, evaluate, adapt, and vary the conditions.
 
-`miniature_suite` and `paper_suite` gather one each; from there on, reproduce.py treats them alike. Experts are read, or
-fine-tuned here and kept.
+A suite is data: tasks, zero-shot heads, test images, a pre-trained tower and its experts. `data.miniature` and
+`data.paper` make one each; from there on, both are treated alike.
 """
 
-import argparse
 import copy
-import hashlib
 import inspect
-import json
 import math
-import multiprocessing
-import os
-import signal
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import combinations, repeat
 from pathlib import Path
-from threading import Thread
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
+from torch.nn.parallel import DistributedDataParallel
 
-from data import authors, clip, miniature
-from data.clip import InputError, write
-from data.corruptions import corrupt
+import wemoe
+from data.files import derive_seed, fingerprint, read_kept, write
+from data.processes import barrier, each, gathered, progress, rank, total, world
 
-HERE = Path(__file__).parent
-TEST_IMAGES = 400  # of each task of the miniature
 CURVE_IMAGES = 40  # of each task, on which the accuracy is measured during adaptation
-SEVERITY = 3  # of its corruptions: at 5, task arithmetic has 30 % left of 94 %
 
 
 @dataclass(frozen=True)
 class Training:
     """How an expert is made: all weights of the vision tower are trained (AdamW), the zero-shot head is frozen."""
 
-    images: int = 1500  # of each task
-    steps: int = 100
+    images: int | None  # of each task; None: all
+    steps: int
+    lr: float
     batch_size: int = 32
-    lr: float = 5e-4
     weight_decay: float = 0.1
     warmup: int = 10
 
@@ -69,13 +53,12 @@ class Adaptation:
     share: float = 1.0  # of the test images that adaptation sees
     evaluations: int = 10  # of the accuracy on the way, where the state is kept, too
 
-
-MINIATURE_TRAINING = Training()
-MINIATURE_ADAPTATION = Adaptation(
-    steps=160, lr=8e-4, lambda_lr=1.6e-2, lambda_steps=120, mask_lr=3e-2, mask_steps=60, batch_size=8, evaluations=5
-)
-PAPER_ADAPTATION = Adaptation(steps=1000, lr=1e-4, lambda_lr=1e-3, lambda_steps=1000, mask_lr=1e-3, mask_steps=2000)
-PAPER_TRAINING = Training(images=0, steps=4000, batch_size=32, lr=1e-5, weight_decay=0, warmup=1)  # images: all
+    def changed(self, steps: int | None, precision: str | None) -> "Adaptation":
+        """With so many steps for routers, and in proportion for λ and masks; None leaves a setting as it is."""
+        factor = steps / self.steps if steps else 1
+        scaled = (max(1, round(factor * count)) for count in (self.steps, self.lambda_steps, self.mask_steps))
+        steps_of = dict(zip(("steps", "lambda_steps", "mask_steps"), scaled))
+        return replace(self, **steps_of, precision=precision or self.precision)
 
 
 @dataclass
@@ -94,6 +77,8 @@ class Suite:
     experts: dict[str, nn.Module] = field(default_factory=dict)
     scalings: tuple[float, ...] = ()  # λ of task arithmetic to try, besides 0.3
     published: dict[str, dict] = field(default_factory=dict)  # method -> the row of published figures
+    claimable: bool = True  # whether the test images are those of the published figures
+    shortened: bool = False  # whether adaptation has another number of steps than the published one
     curve: dict | None = None  # the authors' accuracies during adaptation
 
     @property
@@ -108,17 +93,8 @@ class Suite:
         some = [[part[:: 1 + len(part) // 20] for part in pair] for pair in self.test.values()]
         tests = [p.contiguous().numpy() for images, labels in some for p in (self.normalise(images), labels)]
         sizes = [len(labels) for _, labels in self.test.values()]
-        settings = (
-            self.name,
-            self.seed,
-            self.device.type,
-            self.precision,
-            self.adaptation,
-            self.scalings,
-            self.tasks,
-            sizes,
-        )
-        return fingerprint(*settings, torch.__version__, *models, *heads, *tests)
+        settings = self.name, self.seed, self.device.type, self.precision, self.adaptation, self.scalings
+        return fingerprint(*settings, self.tasks, sizes, torch.__version__, *models, *heads, *tests)
 
     def variant(self, experts: tuple[str, ...] = (), split: str = "test", **adaptation) -> "Suite":
         """The same with fewer experts, other test images (a corruption's name) or other settings of adaptation."""
@@ -136,134 +112,32 @@ class Suite:
         return self.normalise(images.to(self.device))
 
 
-def miniature_suite(arguments: argparse.Namespace) -> Suite:
-    """The eight rendered tasks; their experts are fine-tuned here."""
-    model, device = miniature.load_pretrained(), torch.device(arguments.device)
-    suite = Suite(
-        name="miniature",
-        seed=arguments.seed,
-        device=device,
-        precision=arguments.precision or "float32",
-        adaptation=settings_of_adaptation(arguments, MINIATURE_ADAPTATION),
-        pretrained=model.visual.requires_grad_(False),
-        heads={task: miniature.zero_shot_head(model, task).to(device) for task in arguments.tasks},
-        test={task: miniature_images(task, "test") for task in arguments.tasks},
-        load=miniature_images,
-        normalise=miniature.normalise,
-        training=MINIATURE_TRAINING,
-        scalings=(0.1, 0.2, 0.3, 0.4, 0.6, 1.0),
-    )
-    program = b"".join((HERE / file).read_bytes() for file in ("miniature.py", "drawing.py"))
-    make_experts(suite, arguments, depends_on=program)
-    return suite
+def precision(device: torch.device, name: str):
+    return torch.autocast(device.type, torch.bfloat16, enabled=name == "bfloat16")
 
 
-def miniature_images(task: str, split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
-    """Rendered images and labels: "train", "test", or a corruption's name for the test images that it has spoiled."""
-    if split == "train":
-        return miniature.render(task, "train", count or MINIATURE_TRAINING.images, seed=0)
-    images, labels = miniature.render(task, "test", TEST_IMAGES, seed=1)
-    return (images if split == "test" else corrupt(images, split, SEVERITY)), labels
+def mean(values: dict[str, float]) -> float:
+    return sum(values.values()) / len(values)
 
 
-def paper_suite(arguments: argparse.Namespace) -> Suite:
-    """CLIP and the eight data sets; experts from the hub, from their authors' files, or fine-tuned here."""
-    arch = clip.architecture(arguments.arch or arguments.suite, arguments.pretrained)
-    hub, cache, limit, device = arguments.hub, arguments.cache, arguments.limit, torch.device(arguments.device)
-    from_hub = arguments.experts is None and not arguments.finetune
-    splits = ("test", "train") if arguments.finetune else ("test", *arguments.splits)
-    weights = arguments.experts is None
-    items = clip.plan(
-        arch, cache, hub, tasks=arguments.tasks, weights=weights, experts=from_hub, splits=splits, limit=limit
-    )
-    say(f"{arch.name}: {clip.summary(items)}")
-    clip.check_space(items)
-    experts, prep = {}, clip.preprocessing(arch)
-    if arguments.experts is not None:
-        tower, experts, heads = authors.load_authors_experts(arch, arguments.experts, arguments.tasks)
-    else:
-        model = clip.load_pretrained(arch, hub).to(device)
-        heads = clip.zero_shot_heads(model, arch, cache, arguments.tasks)
-        tower = model.visual.cpu()
-        if from_hub:
-            with progress(arguments.tasks, "Experts") as tasks:
-                experts = {task: clip.load_expert(arch, task, tower, hub) for task in tasks}
-    published = json.loads((HERE / "published.json").read_text(encoding="utf-8"))
-    source = "paper" if arguments.experts is not None else "hub"
-    rows = published["main"].get(arch.name, []) if arguments.pretrained == "openai" and not limit else []
-    curves = published["adaptation_curves"]["models"].get(arch.name, [])
-    adaptation = settings_of_adaptation(arguments, PAPER_ADAPTATION)
-    suite = Suite(
-        name=arguments.name,
-        seed=arguments.seed,
-        device=device,
-        precision=arguments.precision or ("bfloat16" if device.type == "cuda" else "float32"),
-        adaptation=adaptation,
-        pretrained=tower.requires_grad_(False),
-        heads={task: head.to(device) for task, head in heads.items()},
-        test={task: clip.image_set(task, prep, cache, hub, limit=limit) for task in arguments.tasks},
-        load=lambda task, split, count: clip.image_set(
-            task, prep, cache, hub, split, count or (None if split == "train" else limit), spaced=count is not None
-        ),
-        training=PAPER_TRAINING,
-        normalise=partial(clip.normalise, prep=prep),
-        published={
-            OUR_NAMES.get(row["method"], row["method"]): dict(row, accuracy=dict(zip(clip.TASKS, row["accuracy"])))
-            for row in rows
-            if row["source"] == source
-        },
-        curve=next((c for c in curves if c["learning_rate"] == adaptation.lr), None),
-    )
-    if arguments.finetune:
-        make_experts(suite, arguments)
-    refuse_twins(tower.state_dict(), experts)
-    for task, state in experts.items():
-        suite.experts[task] = copy.deepcopy(tower)
-        suite.experts[task].load_state_dict(state, assign=True)
-        suite.experts[task].requires_grad_(False)
-    return suite
+# ---- Fine-tune -------------------------------------------------------------------------------------------------------
 
 
-def refuse_twins(pretrained: dict[str, Tensor], experts: dict[str, dict[str, Tensor]]) -> None:
-    """Raise InputError if an expert is the pre-trained model, or another expert: a file in the wrong place."""
-    models = {"pretrained": pretrained, **experts}
-    for (one, state), (other, again) in combinations(models.items(), 2):
-        if all(torch.equal(entry, again[name]) for name, entry in state.items()):
-            what = "the pre-trained model itself" if one == "pretrained" else f"that of {one} once more"
-            raise InputError(f"the expert of {other} is {what}: a file was put in the wrong place")
-
-
-OUR_NAMES = {
-    "WEMoE (1-layer router)": "WEMoE (1-layer)",
-    "Weight-Ensembling MoE": "WEMoE",
-    "E-WEMoE (90%)": "E-WEMoE",
-    "Ties-Merging": "TIES-Merging",
-    "Layer-wise AdaMerging": "AdaMerging (layer-wise)",
-    "Concrete AdaMerging (layer-wise)": "Concrete AdaMerging",
-}
-
-
-def settings_of_adaptation(arguments: argparse.Namespace, default: Adaptation) -> Adaptation:
-    steps, precision = arguments.steps or default.steps, arguments.adapt_precision or default.precision
-    others = {k: max(1, round(getattr(default, k) * steps / default.steps)) for k in ("lambda_steps", "mask_steps")}
-    return replace(default, steps=steps, precision=precision, **others)
-
-
-def make_experts(suite: Suite, arguments: argparse.Namespace, depends_on: bytes = b"") -> None:
+def make_experts(suite: Suite, folder: Path, workers: int, depends_on: bytes = b"") -> None:
     """Fine-tune the tower on every task (shared among the processes), or read what an earlier run has fine-tuned."""
     weights = [value.numpy() for value in suite.pretrained.state_dict().values()]
     code = inspect.getsource(make_expert), inspect.getsource(fine_tune)
     key = fingerprint(depends_on, *code, suite.training, suite.seed, suite.device.type, *weights)
     files = {
-        task: arguments.cached / f"expert-{task}-{fingerprint(key, suite.heads[task].cpu().numpy())}.safetensors"
+        task: folder / f"expert-{task}-{fingerprint(key, suite.heads[task].cpu().numpy())}.safetensors"
         for task in suite.tasks
     }
     missing = [task for task in suite.tasks if not files[task].exists()][rank() :: world()]
-    each(suite, make_expert, [(task, files[task]) for task in missing], arguments.workers)
+    each(suite, make_expert, [(task, files[task]) for task in missing], workers)
     barrier()
     for task, file in files.items():
         suite.experts[task] = copy.deepcopy(suite.pretrained)
-        suite.experts[task].load_state_dict(clip.read_kept(file, load_file))
+        suite.experts[task].load_state_dict(read_kept(file, load_file))
 
 
 def make_expert(suite: Suite, task: str, file: Path) -> None:
@@ -294,120 +168,132 @@ def fine_tune(suite: Suite, tasks: list[str], name: str) -> nn.Module:
     return expert.requires_grad_(False).eval()
 
 
-SUITES = {"miniature": (miniature_suite, list(miniature.TASKS))}
-SUITES.update({name: (paper_suite, list(clip.TASKS)) for name in clip.ARCHITECTURES})
+# ---- Evaluate --------------------------------------------------------------------------------------------------------
 
 
-# ------------------------------------------------------------------------------------------
-# Small things: files, seeds, processes, progress
-# ------------------------------------------------------------------------------------------
+@torch.no_grad()
+def evaluate(suite: Suite, model: nn.Module | dict[str, nn.Module], test: dict | None = None) -> dict[str, float]:
+    """Accuracy in percent on the test images of every task, by the head of the image's own task.
 
-
-def fingerprint(*parts: object) -> str:
-    """A short name for everything that a cached file depends on: bytes, arrays, and whatever has a telling repr."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(repr(part).encode() if not hasattr(part, "__array__") and not isinstance(part, bytes) else part)
-        digest.update(b"\0")
-    return digest.hexdigest()[:16]
-
-
-def derive_seed(*parts: object) -> int:
-    """A seed of its own for every use and task, so that none depends on what ran before it."""
-    return int(fingerprint(*parts), 16) % 2**31
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """While this lasts, no other run may write into the folder. Raises InputError if one does already."""
-    if rank() > 0:  # the first process of a distributed run has it for all
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        message = f"another run is writing into {folder}: wait for it, stop it, or choose another --output"
-        raise InputError(message) from None
-    try:
-        for left in folder.rglob("*.part"):  # by a run that was killed as it wrote
-            left.unlink()
-        yield
-    finally:
-        lock.release()
-
-
-def precision(device: torch.device, name: str):
-    return torch.autocast(device.type, torch.bfloat16, enabled=name == "bfloat16")
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def barrier() -> None:
-    if world() > 1:
-        dist.barrier()
-
-
-def average_over_processes(value: float) -> float:
-    if world() == 1:
-        return value
-    total = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(total)
-    return total.item() / world()
-
-
-def each(suite: Suite, function: Callable, calls: Iterable[tuple], workers: int) -> list:
-    """The result of function(suite, *call) for each of the calls, on so many processes with one thread each.
-
-    Small models waste most of a second thread. With one worker, the calls are made here, one by one.
+    The processes of a distributed run share the images.
     """
-    calls = list(calls)
-    if workers == 1 or len(calls) < 2:
-        return [function(suite, *call) for call in calls]
-    # Forked workers share the memory of all that is there already; one thread each keeps them clear of OpenMP's, which
-    # do not survive a fork.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    start = suite, context.RLock(), context.Value("i", 0)
-    with ProcessPoolExecutor(min(workers, len(calls)), context, start_worker, start) as pool:
-        try:
-            return list(pool.map(call_in_worker, repeat(function), calls))
-        except BaseException:  # an interruption, too, ends the workers at once
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
+    test, accuracy = test or suite.test, {}
+    count = sum(len(labels[rank() :: world()]) for _, labels in test.values())
+    with progress(None, "Evaluating", total=count, unit="img", leave=False, delay=3) as bar:
+        for task, (images, labels) in test.items():
+            tower = (model[task] if isinstance(model, dict) else model).to(suite.device)
+            right = torch.zeros((), dtype=torch.long, device=suite.device)
+            for batch in torch.arange(rank(), len(labels), world()).split(64):
+                with precision(suite.device, suite.precision):
+                    features = tower(suite.images(images[batch]))
+                right += (suite.logits(task)(features).argmax(-1) == labels[batch].to(suite.device)).sum()
+                bar.update(len(batch))
+            if isinstance(model, dict):
+                tower.cpu()  # one expert at a time on the device
+            accuracy[task] = 100 * total(right).item() / len(labels)
+    if model is suite.pretrained:
+        model.cpu()
+    return accuracy
 
 
-WORKER = {"line": 0}  # in a worker: its suite, and the line of its progress bars
+# ---- Adapt -----------------------------------------------------------------------------------------------------------
 
 
-def start_worker(suite: Suite, lock, count) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes it
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()  # not alone
-    torch.set_num_threads(1)
-    tqdm.set_lock(lock)
-    with count.get_lock():
-        WORKER.update(suite=suite, line=count.value)
-        count.value += 1
+def adapt(
+    suite: Suite,
+    model: nn.Module,
+    name: str,
+    file: Path,
+    *,
+    steps: int,
+    lr: float,
+    objective: Callable[[Tensor], Tensor] = wemoe.mean_entropy,
+) -> dict[str, list[float]]:
+    """Adapt the model in place: entropy (nats) at each step, accuracy (%) on part of the test images now and then.
+
+    What is trained, its optimiser, the state of the random generator and the curve are kept in `file` some times on
+    the way, and an adaptation goes on from there.
+    """
+    part = {task: (images[:CURVE_IMAGES], labels[:CURVE_IMAGES]) for task, (images, labels) in suite.test.items()}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.Adam(trained.values(), lr)
+    on_gpu = suite.device.type == "cuda"
+    if file.exists():
+        kept = read_kept(file, partial(torch.load, map_location=suite.device, weights_only=True))
+        curve = kept["curve"]
+        optimizer.load_state_dict(kept["optimizer"])
+        for entry, p in trained.items():
+            p.data.copy_(kept["trained"][entry])
+        random = kept["random"].cpu()
+        torch.cuda.set_rng_state(random, suite.device) if on_gpu else torch.set_rng_state(random)
+    else:
+        curve = {"steps": [0], "accuracy": [mean(evaluate(suite, model, part))], "entropy": []}
+    done = curve["steps"][-1]
+    with progress(None, f"{name}: adapting", total=steps, initial=done, unit="step") as bar:
+
+        def on_step(step: int, entropies: dict[str, float]) -> None:
+            entropy = total(torch.tensor(mean(entropies), device=suite.device)).item() / world()
+            curve["entropy"].append(round(entropy, 6))
+            bar.update()
+            if step % max(1, steps // suite.adaptation.evaluations) == 0 or step == steps:
+                curve["steps"].append(step)
+                curve["accuracy"].append(mean(evaluate(suite, model, part)))
+                bar.set_postfix(entropy=f"{entropy:.3f}", accuracy=f"{curve['accuracy'][-1]:.1f}")
+                state = {"curve": curve, "optimizer": optimizer.state_dict(), "trained": trained}
+                state["random"] = torch.cuda.get_rng_state(suite.device) if on_gpu else torch.get_rng_state()
+                if rank() == 0:
+                    write(file, lambda path: torch.save(state, path))
+                barrier()
+
+        if done < steps:
+            with precision(suite.device, suite.adaptation.precision):
+                wemoe.adapt(
+                    DistributedDataParallel(model) if world() > 1 else model,
+                    loaders={task: Unlabelled(suite, task, start=done) for task in suite.experts},
+                    heads={task: suite.logits(task) for task in suite.experts},
+                    steps=steps,
+                    objective=lambda logits: objective(gathered(logits)),
+                    optimizer=optimizer,
+                    start=done,
+                    on_step=on_step,
+                )
+    return curve
 
 
-def call_in_worker(function: Callable, call: tuple):
-    return function(WORKER["suite"], *call)
+class Unlabelled:
+    """A task's test images without labels, in an order that is new in every epoch; `start`: the first batch to give.
+
+    Each process of a distributed run gets its share of every batch; shares are equal, if need be by repeating images.
+    """
+
+    def __init__(self, suite: Suite, task: str, start: int = 0):
+        images = suite.test[task][0]
+        self.suite, self.start = suite, start
+        self.images = images[: max(1, round(suite.adaptation.share * len(images)))]
+        self.generator = torch.Generator().manual_seed(derive_seed(suite.seed, "adaptation", task))
+
+    def epoch(self) -> list[Tensor]:
+        batches = torch.randperm(len(self.images), generator=self.generator).split(self.suite.adaptation.batch_size)
+        return batches[:-1] if len(batches) > 1 and len(batches[-1]) < len(batches[0]) else batches
+
+    def __iter__(self) -> Iterator[Tensor]:
+        batches = self.epoch()
+        while self.start >= len(batches):
+            self.start -= len(batches)
+            batches = self.epoch()
+        batches, self.start = batches[self.start :], 0
+        for batch in batches:
+            own = torch.arange(rank(), world() * math.ceil(len(batch) / world()), world()) % len(batch)
+            yield self.suite.images(self.images[batch[own]])
 
 
-def say(text: str) -> None:
-    if rank() == 0:
-        tqdm.write(text)
-
-
-def progress(items, description: str, **options) -> tqdm:
-    options = {"leave": "suite" not in WORKER, **options}  # the bars of workers share lines
-    return tqdm(items, description, position=WORKER["line"], disable=rank() > 0, **options)
+@torch.no_grad()
+def mean_routing_weights(suite: Suite, model: nn.Module, count: int = 96) -> dict[str, list[list[float]]]:
+    """Of every routed module: the mean routing weights of images of each task (row) for each expert (column)."""
+    rows = {}
+    for task in suite.tasks:
+        with wemoe.routing_weights(model) as weights:
+            model(suite.images(suite.test[task][0][:count]))
+        for name, lam in weights.items():
+            rows.setdefault(name, []).append([round(x, 6) for x in lam.mean(0).tolist()])
+    return rows

@@ -6,7 +6,7 @@ turned, zoomed, shifted, relit and blemished. All chance comes from the picture'
 
 import math
 import random
-from collections.abc import Sequence
+from functools import cache, partial
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -15,6 +15,14 @@ Colour = tuple[int, int, int]
 WHITE, BLACK, GREY = (240, 240, 240), (25, 25, 25), (125, 125, 125)
 RED, GREEN, BLUE, YELLOW = (200, 35, 40), (60, 140, 60), (40, 90, 200), (245, 200, 40)
 SAND, BROWN, WATER, ROOF, GLASS = (225, 200, 140), (120, 85, 55), (50, 110, 190), (190, 90, 70), (150, 200, 225)
+EVERYWHERE = (-1.5, -1.5, 1.5, 1.5)  # the box that covers a canvas
+
+font = cache(ImageFont.load_default)  # size in pixels -> the font that Pillow brings along
+
+
+def placed(x: float, y: float, width: float, height: float, *xy: float) -> list[float]:
+    """The points of a shape (x, y pairs) after it is stretched by width and height and moved to (x, y)."""
+    return [v for a, b in zip(xy[::2], xy[1::2]) for v in (x + width * a, y + height * b)]
 
 
 class Canvas:
@@ -27,8 +35,8 @@ class Canvas:
         self.rng, self.image = rng, Image.new("RGB", (96, 96), background)
         self.draw = ImageDraw.Draw(self.image)
 
-    def box(self, fill: Colour, x0: float, y0: float, x1: float, y1: float) -> None:
-        self.draw.rectangle([48 + 32 * v for v in (x0, y0, max(x0, x1), max(y0, y1))], fill)
+    def box(self, fill: Colour, *xy: float) -> None:
+        self.draw.rectangle([48 + 32 * v for v in xy], fill)
 
     def disc(self, fill: Colour, x: float, y: float, rx: float, ry: float | None = None) -> None:
         ry = rx if ry is None else ry
@@ -43,6 +51,9 @@ class Canvas:
     def regular(self, fill: Colour, sides: int, x: float, y: float, radius: float, turn: float = 0.0) -> None:
         angles = [turn + 2 * math.pi * k / sides for k in range(sides)]
         self.poly(fill, *(v for a in angles for v in (x + radius * math.sin(a), y - radius * math.cos(a))))
+
+    def text(self, fill: Colour, size: int, x: float, y: float, text: str) -> None:
+        self.draw.text((48 + 32 * x, 48 + 32 * y), text, fill, font(size), anchor="mm")
 
     def near(self, colour: Colour, spread: int = 22) -> Colour:
         return tuple(min(255, max(0, v + self.rng.randint(-spread, spread))) for v in colour)
@@ -97,14 +108,8 @@ def draw_scene(name: str, rng: random.Random) -> Canvas:
         c.disc(c.near((255, 225, 110), 15), x, horizon - u(-0.1, 0.2), 0.35 * s)
         c.box(c.near((70, 60, 110)), -1.5, horizon, 1.5, 1.5)
         for k in range(4):
-            c.line(
-                (250, 180, 100),
-                0.05,
-                x - u(0.1, 0.3),
-                horizon + 0.15 + 0.17 * k,
-                x + u(0.1, 0.3),
-                horizon + 0.15 + 0.17 * k,
-            )
+            y, left, right = horizon + 0.15 + 0.17 * k, x - u(0.1, 0.3), x + u(0.1, 0.3)
+            c.line((250, 180, 100), 0.05, left, y, right, y)
     elif name == "lighthouse":
         c.disc(c.near((90, 80, 75)), x, 0.9, 0.8, 0.4)
         for k in range(5):
@@ -158,45 +163,39 @@ def draw_car(name: str, rng: random.Random) -> Canvas:
         c.box(c.near(back, 25), x, u(-1.2, -0.4), x + u(0.2, 0.7), 0.5)
     c.box(c.near((150, 150, 155), 12), -1.5, 0.3, 1.5, 1.5)
     size, x0, y0 = u(0.95, 1.1), u(-0.08, 0.08), u(0.15, 0.3)
+    place = partial(placed, x0, y0, flip * size, size)
     paint = c.near(rng.choice([RED, (30, 60, 150), (30, 100, 60), (50, 50, 55), (190, 120, 20), (110, 40, 110)]))
-
-    def place(xy: Sequence[float]) -> list[float]:
-        return [x0 + flip * size * v if k % 2 == 0 else y0 + size * v for k, v in enumerate(xy)]
-
     cabin = CABINS[name]
     front = 0.06 if name == "sports car" else 0
     rear = -0.52 if name == "hatchback" else -0.85
-    c.poly(paint, *place((rear, 0.3, rear, 0.02, rear + 0.2, 0, 0.4, 0, 0.85, 0.06 + front, 0.88, 0.3)))
-    c.poly(paint, *place(cabin))
+    c.poly(paint, *place(rear, 0.3, rear, 0.02, rear + 0.2, 0, 0.4, 0, 0.85, 0.06 + front, 0.88, 0.3))
+    c.poly(paint, *place(*cabin))
     middle, glass = sum(cabin[::2]) / 4, c.near(GLASS, 30)
     if name == "bus":
         for k in range(5):
-            c.poly(
-                glass,
-                *place((-0.72 + 0.3 * k, -0.2, -0.72 + 0.3 * k, -0.55, -0.52 + 0.3 * k, -0.55, -0.52 + 0.3 * k, -0.2)),
-            )
-    else:
-        c.poly(
-            glass, *place([middle + (v - middle) * 0.75 if k % 2 == 0 else v * 0.8 - 0.02 for k, v in enumerate(cabin)])
-        )
+            left, right = -0.72 + 0.3 * k, -0.52 + 0.3 * k
+            c.poly(glass, *place(left, -0.2, left, -0.55, right, -0.55, right, -0.2))
+    else:  # the cabin, smaller
+        window = placed(middle, -0.02, 0.75, 0.8, *placed(-middle, 0, 1, 1, *cabin))
+        c.poly(glass, *place(*window))
     if name == "lorry":
-        c.poly(c.any(60, 245), *place((-0.85, 0.15, -0.85, -0.75, 0.33, -0.75, 0.33, 0.15)))
+        c.poly(c.any(60, 245), *place(-0.85, 0.15, -0.85, -0.75, 0.33, -0.75, 0.33, 0.15))
     if name in ("saloon", "estate car", "minivan"):  # the pillar between the windows
-        c.line(paint, 0.07, *place((-0.08, 0, -0.08, -0.32)))
+        c.line(paint, 0.07, *place(-0.08, 0, -0.08, -0.32))
     if name == "estate car":  # a roof rack
-        c.line(BLACK, 0.07, *place((-0.7, -0.42, 0.15, -0.42)))
+        c.line(BLACK, 0.07, *place(-0.7, -0.42, 0.15, -0.42))
     if name == "sports car":  # a spoiler
-        c.poly(BLACK, *place((-0.95, -0.22, -0.65, -0.16, -0.7, -0.1, -0.95, -0.13)))
+        c.poly(BLACK, *place(-0.95, -0.22, -0.65, -0.16, -0.7, -0.1, -0.95, -0.13))
     if name == "off-roader":  # the spare wheel
-        c.disc(BLACK, *place((-0.9, -0.05)), 0.16 * size)
+        c.disc(BLACK, *place(-0.9, -0.05), 0.16 * size)
     if name == "pickup":
-        c.poly(c.near((60, 55, 50)), *place((-0.8, 0.08, -0.8, 0, -0.14, 0, -0.14, 0.08)))
+        c.poly(c.near((60, 55, 50)), *place(-0.8, 0.08, -0.8, 0, -0.14, 0, -0.14, 0.08))
     if name == "convertible":
-        c.disc((215, 170, 140), *place((-0.12, -0.12)), 0.1)
+        c.disc((215, 170, 140), *place(-0.12, -0.12), 0.1)
     wheel = 0.24 if name in ("off-roader", "lorry") else 0.19
     for x in (rear + 0.3, 0.52):
-        c.disc(BLACK, *place((x, 0.32)), wheel * size)
-        c.disc((180, 180, 185), *place((x, 0.32)), 0.45 * wheel * size)
+        c.disc(BLACK, *place(x, 0.32), wheel * size)
+        c.disc((180, 180, 185), *place(x, 0.32), 0.45 * wheel * size)
     return c
 
 
@@ -246,8 +245,8 @@ def draw_aerial(name: str, rng: random.Random) -> Canvas:
         for k in (-0.35, 0.0, 0.35)[: rng.choice([2, 3])]:
             for j in range(16):
                 c.line(BROWN, 0.04, x + k - 0.12, -1.5 + 0.2 * j, x + k + 0.12, -1.5 + 0.2 * j)
-            c.line(c.near((70, 70, 75)), 0.05, x + k - 0.08, -1.5, x + k - 0.08, 1.5)
-            c.line(c.near((70, 70, 75)), 0.05, x + k + 0.08, -1.5, x + k + 0.08, 1.5)
+            for rail in (x + k - 0.08, x + k + 0.08):
+                c.line(c.near((70, 70, 75)), 0.05, rail, -1.5, rail, 1.5)
     elif name == "parking lot":
         c.box(c.near((100, 100, 105), 12), -1.1 * s, -1 * s, 1.1 * s, 1 * s)
         for i in range(6):
@@ -256,27 +255,13 @@ def draw_aerial(name: str, rng: random.Random) -> Canvas:
                     px, py = x - 0.95 + 0.33 * i, y - 0.8 + 0.65 * j
                     c.box(c.any(40, 250), px, py, px + 0.2, py + 0.38)
     else:  # airplane
-        c.box(c.near((165, 165, 165), 15), -1.5, -1.5, 1.5, 1.5)
+        c.box(c.near((165, 165, 165), 15), *EVERYWHERE)
         w, white = u(0.6, 0.85) * s, c.near((245, 245, 245), 10)
         for dx, dy, colour in ((0.08, 0.08, (110, 110, 115)), (0, 0, white)):
-            px, py = x + dx, y + dy
-            c.disc(colour, px, py, 0.12 * s, 0.85 * s)
-            c.poly(
-                colour,
-                px,
-                py - 0.3,
-                px - w,
-                py + 0.2,
-                px - w,
-                py + 0.32,
-                px,
-                py + 0.1,
-                px + w,
-                py + 0.32,
-                px + w,
-                py + 0.2,
-            )
-            c.poly(colour, px, py + 0.5, px - 0.35, py + 0.8, px + 0.35, py + 0.8)
+            place = partial(placed, x + dx, y + dy, 1, 1)
+            c.disc(colour, *place(0, 0), 0.12 * s, 0.85 * s)
+            c.poly(colour, *place(0, -0.3, -w, 0.2, -w, 0.32, 0, 0.1, w, 0.32, w, 0.2))
+            c.poly(colour, *place(0, 0.5, -0.35, 0.8, 0.35, 0.8))
     return c
 
 
@@ -295,14 +280,14 @@ def draw_land(name: str, rng: random.Random) -> Canvas:
             for j in range(-4, 5):
                 c.disc(c.near((55, 95, 50), 15), 0.33 * i + u(-0.03, 0.03), 0.33 * j + u(-0.03, 0.03), 0.12)
     elif name == "forest":
-        c.box(c.near((40, 75, 45), 12), -1.5, -1.5, 1.5, 1.5)
+        c.box(c.near((40, 75, 45), 12), *EVERYWHERE)
         c.scatter((40, 80, 45), 40, 0.16, 16)
     elif name == "pasture":
-        c.box(c.near((125, 185, 85), 18), -1.5, -1.5, 1.5, 1.5)
+        c.box(c.near((125, 185, 85), 18), *EVERYWHERE)
         c.scatter((125, 180, 85), 6, 0.4, 10)
         c.scatter((65, 110, 50), rng.randint(1, 4), 0.1)
     elif name == "heath":
-        c.box(c.near((135, 120, 75), 15), -1.5, -1.5, 1.5, 1.5)
+        c.box(c.near((135, 120, 75), 15), *EVERYWHERE)
         c.scatter((125, 115, 75), 35, 0.14, 32)
     elif name == "motorway":
         x, bend = u(-0.3, 0.3), u(-0.4, 0.4)
@@ -310,19 +295,14 @@ def draw_land(name: str, rng: random.Random) -> Canvas:
             c.line(c.near((150, 150, 150)), 0.2, x + k - bend, -1.5, x + k, 0, x + k + bend, 1.5)
         c.line(c.near((90, 90, 80)), 0.06, x - bend, -1.5, x, 0, x + bend, 1.5)
     elif name == "industry":
-        c.box(c.near((140, 135, 135), 12), -1.5, -1.5, 1.5, 1.5)
+        c.box(c.near((140, 135, 135), 12), *EVERYWHERE)
         for i in range(-1, 2):
             for j in range(-1, 2):
                 x, y = 0.95 * i + u(-0.1, 0.1), 0.8 * j + u(-0.1, 0.1)
-                c.box(
-                    rng.choice([(225, 225, 230), (190, 195, 205), (120, 140, 175)]),
-                    x - 0.38,
-                    y - 0.28,
-                    x + u(0.2, 0.4),
-                    y + 0.25,
-                )
+                roof = rng.choice([(225, 225, 230), (190, 195, 205), (120, 140, 175)])
+                c.box(roof, x - 0.38, y - 0.28, x + u(0.2, 0.4), y + 0.25)
     elif name == "homes":
-        c.box(c.near((120, 140, 95), 15), -1.5, -1.5, 1.5, 1.5)
+        c.box(c.near((120, 140, 95), 15), *EVERYWHERE)
         for i in range(-3, 4):
             c.line(c.near((165, 160, 155), 10), 0.1, -1.5, 0.7 * i + 0.35, 1.5, 0.7 * i + 0.35)
             for j in range(-3, 4):
@@ -334,20 +314,17 @@ def draw_land(name: str, rng: random.Random) -> Canvas:
         c.line(c.near((85, 115, 75)), w + 0.2, *path)
         c.line(c.near((60, 100, 140)), w, *path)
     else:  # sea
-        c.box(c.near((35, 75, 130), 22), -1.5, -1.5, 1.5, 1.5)
+        c.box(c.near((35, 75, 130), 22), *EVERYWHERE)
         for _ in range(rng.randint(2, 8)):
             x, y = u(-1.2, 1.2), u(-1.2, 1.2)
             c.line(c.near((60, 100, 150), 12), 0.05, x, y, x + u(0.2, 0.6), y)
     return c
 
 
-FONTS = [ImageFont.load_default(size) for size in (50, 56, 62, 68)]  # the font that Pillow brings along
-
-
 def draw_house_number(name: str, rng: random.Random) -> Canvas:
     u, c = rng.uniform, Canvas(rng, BLACK)
     wall = c.near((rng.randint(60, 200),) * 3, 30)
-    c.box(wall, -1.5, -1.5, 1.5, 1.5)
+    c.box(wall, *EVERYWHERE)
     if rng.random() < 0.5:  # bricks or planks
         for k in range(-6, 7):
             c.line(c.near(wall, 18), 0.04, -1.5, 0.25 * k, 1.5, 0.25 * k)
@@ -356,11 +333,10 @@ def draw_house_number(name: str, rng: random.Random) -> Canvas:
         c.box(wall, -1.5 if rng.random() < 0.6 else -0.75, -0.85, 1.5 if rng.random() < 0.6 else 0.75, 0.85)
     shift = 130 if sum(wall) < 380 else -130
     ink = tuple(min(255, max(0, v + shift + rng.randint(-30, 30))) for v in wall)
-    font, step = FONTS[rng.randrange(len(FONTS))], u(1.15, 1.35)
+    size, step = rng.choice([50, 56, 62, 68]), u(1.15, 1.35)
     for k in (-1, 0, 1):  # neighbouring digits of the same number are distractors
         if k == 0 or rng.random() < 0.3:
-            digit = name if k == 0 else str(rng.randrange(10))
-            c.draw.text((48 + 32 * step * k, 48), digit, ink, font, anchor="mm")
+            c.text(ink, size, step * k, 0, name if k == 0 else str(rng.randrange(10)))
     return c
 
 
@@ -369,59 +345,48 @@ def draw_sign(name: str, rng: random.Random) -> Canvas:
     c = Canvas(rng, rng.choice([(150, 190, 225), (120, 140, 95), (165, 165, 165), (85, 100, 80)]))
     c.scatter(c.any(60, 200), rng.randint(3, 8), 0.3, 40)
     x, y, s = u(-0.15, 0.15), u(-0.15, 0.15), u(0.7, 0.9)
+    place = partial(placed, x, y, s, s)
     red, white, blue, black = c.near(RED), c.near(WHITE, 14), c.near(BLUE), c.near((40, 40, 40), 15)
     c.box(c.near(GREY), x - 0.06, y, x + 0.06, 1.5)
-
-    def arrow(*xy: float) -> None:
-        """A line through the points with a head at the last one."""
-        points = [(x if k % 2 == 0 else y) + s * v for k, v in enumerate(xy)]
-        c.line(white, 0.17 * s, *points)
-        turn = math.atan2(points[-2] - points[-4], points[-3] - points[-1])
-        c.regular(white, 3, points[-2], points[-1], 0.3 * s, turn)
-
     if name == "stop":
         c.regular(white, 8, x, y, 1.0 * s, math.pi / 8)
         c.regular(red, 8, x, y, 0.9 * s, math.pi / 8)
         for k in (-0.5, -0.18, 0.14, 0.46):  # four letters are four strokes at this size
-            c.box(white, x + s * k, y - 0.22 * s, x + s * (k + 0.17), y + 0.22 * s)
+            c.box(white, *place(k, -0.22, k + 0.17, 0.22))
     elif name in ("give way", "danger", "road works"):
         turn = math.pi if name == "give way" else 0
         c.regular(red, 3, x, y, 1.1 * s, turn)
         c.regular(white, 3, x, y, 0.68 * s, turn)
         if name == "danger":
-            c.line(black, 0.15 * s, x, y - 0.35 * s, x, y + 0.08 * s)
-            c.disc(black, x, y + 0.24 * s, 0.09 * s)
+            c.line(black, 0.15 * s, *place(0, -0.35, 0, 0.08))
+            c.disc(black, *place(0, 0.24), 0.09 * s)
         if name == "road works":
-            c.poly(black, x - 0.4 * s, y + 0.3 * s, x - 0.1 * s, y - 0.1 * s, x + 0.2 * s, y + 0.3 * s)
-            c.line(black, 0.1 * s, x, y - 0.3 * s, x + 0.35 * s, y + 0.3 * s)
+            c.poly(black, *place(-0.4, 0.3, -0.1, -0.1, 0.2, 0.3))
+            c.line(black, 0.1 * s, *place(0, -0.3, 0.35, 0.3))
     elif name == "priority road":
         c.regular(white, 4, x, y, 1.0 * s)
         c.regular(c.near(YELLOW), 4, x, y, 0.72 * s)
     elif name == "no entry":
         c.disc(red, x, y, 0.9 * s)
-        c.box(white, x - 0.6 * s, y - 0.17 * s, x + 0.6 * s, y + 0.17 * s)
+        c.box(white, *place(-0.6, -0.17, 0.6, 0.17))
     elif name in ("speed limit", "no overtaking", "no vehicles"):
         c.disc(red, x, y, 0.92 * s)
         c.disc(white, x, y, 0.66 * s)
         if name == "speed limit":
-            c.draw.text(
-                (48 + 32 * x, 48 + 32 * y),
-                rng.choice("345678") + "0",
-                black,
-                FONTS[0].font_variant(size=int(29 * s)),
-                anchor="mm",
-            )
+            c.text(black, int(29 * s), x, y, rng.choice("345678") + "0")
         if name == "no overtaking":
             for k, colour in ((-0.28, red), (0.28, black)):
-                c.box(colour, x + s * (k - 0.17), y - 0.22 * s, x + s * (k + 0.17), y + 0.22 * s)
-    else:
+                c.box(colour, *place(k - 0.17, -0.22, k + 0.17, 0.22))
+    else:  # an arrow on a blue disc
         c.disc(white, x, y, 0.95 * s)
         c.disc(blue, x, y, 0.87 * s)
         side = -1 if name == "turn left" else 1
+        arrow = place(-0.35 * side, 0.5, -0.35 * side, -0.05, 0.3 * side, -0.05)
         if name == "straight ahead":
-            arrow(0, 0.6, 0, -0.35)
-        else:
-            arrow(-0.35 * side, 0.5, -0.35 * side, -0.05, 0.3 * side, -0.05)
+            arrow = place(0, 0.6, 0, -0.35)
+        c.line(white, 0.17 * s, *arrow)
+        x0, y0, x1, y1 = arrow[-4:]
+        c.regular(white, 3, x1, y1, 0.3 * s, math.atan2(x1 - x0, y0 - y1))
     return c
 
 
@@ -443,22 +408,20 @@ STROKES = {
 def draw_digit(name: str, rng: random.Random) -> Canvas:
     c = Canvas(rng, BLACK)
     size, slant, squeeze = rng.uniform(0.6, 0.8), rng.gauss(0.05, 0.15), rng.uniform(0.75, 1.15)
-    wobbly = [v / 10 + rng.gauss(0, 0.065) for v in STROKES[name]]
-    points = [(size * (squeeze * x - slant * y), size * y) for x, y in zip(wobbly[::2], wobbly[1::2])]
-    for _ in range(2):  # Chaikin's corner cutting turns the polygon into a curve
-        cut = [(0.75 * p + 0.25 * q, 0.25 * p + 0.75 * q) for a, b in zip(points, points[1:]) for p, q in zip(a, b)]
-        inner = [point for (xs, ys) in zip(cut[::2], cut[1::2]) for point in zip(xs, ys)]
-        points = [points[0], *inner, points[-1]]
-    c.line((rng.randint(200, 255),) * 3, rng.uniform(0.13, 0.3), *(v for point in points for v in point))
+    x, y = np.reshape([v / 10 + rng.gauss(0, 0.065) for v in STROKES[name]], (-1, 2)).T
+    curve = size * np.stack([squeeze * x - slant * y, y])  # (2, points)
+    for _ in range(2):  # Chaikin's corner cutting turns the strokes into a curve
+        a, b = curve[:, :-1], curve[:, 1:]
+        cut = np.stack([0.75 * a + 0.25 * b, 0.25 * a + 0.75 * b], 2).reshape(2, -1)
+        curve = np.hstack([curve[:, :1], cut, curve[:, -1:]])
+    c.line((rng.randint(200, 255),) * 3, rng.uniform(0.13, 0.3), *curve.T.flatten())
     return c
 
 
 def draw_texture(name: str, rng: random.Random) -> Canvas:
-    u, back, ink = (
-        rng.uniform,
-        *(tuple(rng.randint(low, high) for _ in range(3)) for low, high in ((150, 240), (20, 110))),
-    )
-    c = Canvas(rng, back)
+    u, c = rng.uniform, Canvas(rng, BLACK)
+    back, ink = c.any(150, 240), c.any(20, 110)
+    c.box(back, *EVERYWHERE)
     step, w = u(0.3, 0.5), u(0.08, 0.16)
     n = range(-int(1.5 / step) - 1, int(1.5 / step) + 2)
     cells = [(step * i, step * j, i, j) for i in n for j in n]

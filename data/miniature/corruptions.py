@@ -2,7 +2,7 @@
 
 The kinds are those of Hendrycks and Dietterich (arXiv 1903.12261) that the paper reports, made anew: lengths are shares
 of the picture, so that 32 x 32 and 224 x 224 pictures suffer alike. At severity 5 a person can still tell most classes.
-`corrupt` is the way in; the functions above it take float images (N, 3, H, W) from 0 to 255, a level from SEVERITIES
+`corrupt` is the way in; the functions above it take float images (N, 3, H, W) from 0 to 255, a level from CORRUPTIONS
 and a random generator, and return floats, which `corrupt` rounds.
 """
 
@@ -15,16 +15,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-
-SEVERITIES = {  # the levels of severities 1 to 5
-    "motion_blur": (0.06, 0.1, 0.15, 0.2, 0.25),  # length of the motion, in sides of the picture
-    "impulse_noise": (0.03, 0.07, 0.12, 0.2, 0.3),  # share of the values replaced
-    "gaussian_noise": (0.06, 0.1, 0.15, 0.22, 0.3),  # standard deviation, where white is 1
-    "pixelate": (24, 16, 12, 10, 8),  # blocks along each side
-    "spatter": (0.1, 0.2, 0.3, 0.4, 0.5),  # share of the pixels covered
-    "contrast": (0.6, 0.45, 0.3, 0.2, 0.1),  # share of the contrast kept
-    "jpeg_compression": (30, 20, 15, 11, 8),  # JPEG quality, of 100
-}
 
 
 def motion_blur(images: Tensor, length: float, rng: np.random.Generator) -> Tensor:
@@ -89,9 +79,15 @@ def jpeg_compression(images: Tensor, quality: int, rng: np.random.Generator) -> 
     return torch.from_numpy(spoiled).permute(0, 3, 1, 2).contiguous()
 
 
-CORRUPTIONS: dict[str, Callable[[Tensor, float, np.random.Generator], Tensor]] = {
-    function.__name__: function
-    for function in (motion_blur, impulse_noise, gaussian_noise, pixelate, spatter, contrast, jpeg_compression)
+CORRUPTIONS: dict[str, tuple[Callable[[Tensor, float, np.random.Generator], Tensor], tuple[float, ...]]] = {
+    # name: how, and the levels of severities 1 to 5
+    "motion_blur": (motion_blur, (0.06, 0.1, 0.15, 0.2, 0.25)),  # length of the motion, in sides of the picture
+    "impulse_noise": (impulse_noise, (0.03, 0.07, 0.12, 0.2, 0.3)),  # share of the values replaced
+    "gaussian_noise": (gaussian_noise, (0.06, 0.1, 0.15, 0.22, 0.3)),  # standard deviation, where white is 1
+    "pixelate": (pixelate, (24, 16, 12, 10, 8)),  # blocks along each side
+    "spatter": (spatter, (0.1, 0.2, 0.3, 0.4, 0.5)),  # share of the pixels covered
+    "contrast": (contrast, (0.6, 0.45, 0.3, 0.2, 0.1)),  # share of the contrast kept
+    "jpeg_compression": (jpeg_compression, (30, 20, 15, 11, 8)),  # JPEG quality, of 100
 }
 
 
@@ -107,6 +103,6 @@ def corrupt(images: Tensor, name: str, severity: int = 5, seed: int = 0) -> Tens
         raise ValueError(f"no corruption {name!r} of severity {severity!r}: {known}")
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images are {images.dtype} {tuple(images.shape)}, expected torch.uint8 (N, 3, H, W)")
-    level, rng = SEVERITIES[name][severity - 1], np.random.default_rng([seed, *name.encode()])
-    parts = (CORRUPTIONS[name](part.float(), level, rng) for part in images.split(128))  # floats of a part at a time
+    (spoil, levels), rng = CORRUPTIONS[name], np.random.default_rng([seed, *name.encode()])
+    parts = (spoil(part.float(), levels[severity - 1], rng) for part in images.split(128))  # not all as floats at once
     return torch.cat([part.round().clamp(0, 255).byte() for part in parts])

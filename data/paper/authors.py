@@ -17,7 +17,8 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from data.clip import TASKS, Architecture, InputError, one_line, refuse_unusable, some
+from data.files import InputError, one_line, some
+from data.paper.hub import TASKS, Architecture, refuse_unusable
 
 
 class Inert:

@@ -1,20 +1,9 @@
-"""Eight small image-classification tasks, drawn by a program, and a small CLIP pre-trained on pictures of their kind.
+"""The eight tasks: their classes, wordings, pictures and heads, and the small CLIP that is pre-trained on their kind.
 
 `render` gives the pictures, 32 x 32 RGB, from a seed: any number of them, no two alike. `load_pretrained` reads
-miniature.safetensors, which this script makes, in some nine minutes on two CPU cores:
-
-    python -m data.miniature
-
-The pre-training is CLIP's: match pictures with their captions. It has two stages. First both towers, with captions that
-describe what is seen in several wordings ("station wagon", "long roof wagon for the dog"). Then, on the locked vision
-tower, a new text tower for a short while, with captions as they are on the web: one in twenty says the name that a
-benchmark gives the class ("estate car"), and is at times mistaken: a share of the pictures of each class, drawn from
-`--mixed`, goes by the name of another class of the same task. So the vision tower has strong features, while the
-zero-shot heads, which are built from the class names, fit them only in part. That is where fine-tuning begins, as with
-CLIP.
+checkpoint.safetensors, which pretraining.py has made.
 """
 
-import argparse
 import math
 import random
 import re
@@ -25,14 +14,12 @@ from typing import NamedTuple
 import numpy as np
 import open_clip
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn import functional as F
-from tqdm import tqdm
 
-from data import drawing
+from data.miniature import drawing
 
-CHECKPOINT = Path(__file__).with_name("miniature.safetensors")
+CHECKPOINT = Path(__file__).with_name("checkpoint.safetensors")
 
 
 class Task(NamedTuple):
@@ -164,9 +151,8 @@ def render(task: str, split: str, count: int, seed: int) -> tuple[Tensor, Tensor
     Image i depends on task, split, seed and i alone, not on `count`. Raises ValueError for an unknown task or split.
     """
     if task not in TASKS or split not in SPLITS:
-        raise ValueError(
-            f"no images for task {task!r}, split {split!r}: tasks are {', '.join(TASKS)}; splits {', '.join(SPLITS)}"
-        )
+        known = f"tasks are {', '.join(TASKS)}; splits {', '.join(SPLITS)}"
+        raise ValueError(f"no images for task {task!r}, split {split!r}: {known}")
     classes = TASKS[task].classes
     images = np.empty((count, 32, 32, 3), np.uint8)
     for i in range(count):
@@ -196,10 +182,10 @@ def spell(text: str) -> list[str]:
 
 def vocabulary() -> dict[str, int]:
     """Every word of the captions and prompts; 0 is padding, 1 a word never heard of, the last one ends a text."""
-    texts = CAPTIONS + [
-        t for task in TASKS.values() for t in task.templates + task.classes + sum(task.wordings.values(), [])
-    ]
-    return {word: i for i, word in enumerate(sorted({w for text in texts for w in spell(text)}), start=2)}
+    texts = [*CAPTIONS]
+    for task in TASKS.values():
+        texts += [*task.templates, *task.classes, *sum(task.wordings.values(), [])]
+    return {word: i for i, word in enumerate(sorted(set(spell(" ".join(texts)))), start=2)}
 
 
 VOCABULARY = vocabulary()
@@ -222,10 +208,10 @@ def build_model() -> open_clip.CLIP:
     return open_clip.CLIP(128, vision, text)
 
 
-def load_pretrained() -> open_clip.CLIP:
-    """The pre-trained model that ships beside this file, in float32 and evaluation mode."""
+def load_pretrained(checkpoint: Path = CHECKPOINT) -> open_clip.CLIP:
+    """The pre-trained model that ships beside this file, or that of another file, in float32 and evaluation mode."""
     model = build_model()
-    model.load_state_dict({name: value.float() for name, value in load_file(CHECKPOINT).items()})
+    model.load_state_dict(load_file(checkpoint))  # as float32
     return model.eval()
 
 
@@ -236,138 +222,6 @@ def normalise(images: Tensor) -> Tensor:
 
 def zero_shot_head(model: open_clip.CLIP, task: str) -> Tensor:
     """The task's classifier, (embedding, classes), times CLIP's logit scale: logits = normalised features @ head."""
-    spec = TASKS[task]
-    head = open_clip.build_zero_shot_classifier(
-        model, tokenize, spec.classes, spec.templates, device=model.logit_scale.device
-    )
+    classes, templates, device = TASKS[task].classes, TASKS[task].templates, model.logit_scale.device
+    head = open_clip.build_zero_shot_classifier(model, tokenize, classes, templates, device=device)
     return head * model.logit_scale.exp().detach()
-
-
-# --------------------------------------------------------------------------------------------------------- pre-training
-
-
-def naming_habits(mixed: tuple[float, float], rng: random.Random) -> dict[tuple[str, str], tuple[str, float]]:
-    """For every (task, class): the class of the same task that people take it for, and how often they do."""
-    habits = {}
-    for task in TASKS:
-        ring = rng.sample(TASKS[task].classes, len(TASKS[task].classes))
-        for name, neighbour in zip(ring, ring[1:] + ring[:1]):
-            habits[task, name] = neighbour, rng.uniform(*mixed)
-    return habits
-
-
-class Captions:
-    """What people write beside pictures: mostly other wordings, seldom a class name, and at times the wrong one."""
-
-    def __init__(self, named: float, mixed: tuple[float, float], seed: int):
-        self.rng, self.named = random.Random(seed), named
-        self.habits = naming_habits(mixed, self.rng)
-        self.kinds = [(task, name) for task in TASKS for name in TASKS[task].classes]
-
-    def batch(self) -> Tensor:
-        """A caption for one picture of every class."""
-        return tokenize([self.caption(task, name) for task, name in self.kinds])
-
-    def caption(self, task: str, name: str) -> str:
-        neighbour, confusion = self.habits[task, name]
-        text = self.rng.choice(TASKS[task].wordings[name])
-        if self.rng.random() < self.named:
-            text = neighbour if self.rng.random() < confusion else name
-        return self.rng.choice(CAPTIONS).format(text)
-
-
-def draw_pool(per_class: int, seed: int) -> Tensor:
-    """Pictures of every class of every task: uint8 (per_class, classes, 3, 32, 32)."""
-    pool = [
-        render(task, "web", per_class * len(TASKS[task].classes), seed)[0] for task in tqdm(TASKS, desc="rendering")
-    ]
-    return torch.cat([images.unflatten(0, (per_class, -1)) for images in pool], dim=1)
-
-
-def contrast(scale: Tensor, features: Tensor, captions: Tensor) -> Tensor:
-    """CLIP's loss: each picture finds its caption, and each caption its picture, among those of the batch."""
-    logits, target = scale * features @ captions.T, torch.arange(len(features))
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-
-def pretrain(pool: Tensor, captions: Captions, steps: int, lr: float, seed: int) -> open_clip.CLIP:
-    """Contrastive image-caption training; a batch has one picture of every class, so that captions seldom agree."""
-    torch.manual_seed(seed)
-    model = build_model().train()
-    weights = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": weights, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, lr, total_steps=steps, pct_start=0.1, cycle_momentum=False
-    )
-    bar = tqdm(range(steps), desc="pre-training")
-    for _ in bar:
-        images = pool[torch.randint(len(pool), (pool.shape[1],)), torch.arange(pool.shape[1])]
-        features, texts, scale = model(normalise(images), captions.batch())
-        loss = contrast(scale, features, texts)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(0, math.log(100))
-        bar.set_postfix(loss=f"{loss.item():.3f}", scale=f"{scale.item():.1f}")
-    return model.eval()
-
-
-def tune_text(model: open_clip.CLIP, pool: Tensor, captions: Captions, steps: int, seed: int) -> open_clip.CLIP:
-    """Lock the vision tower and train a new text tower on it for a short while (LiT, arXiv 2111.07991).
-
-    It fits the vision tower and the logit scale as they are shipped, rounded to half precision.
-    """
-    vision = model.visual.half().float().eval()
-    torch.manual_seed(seed)
-    tuned = build_model().train()
-    tuned.visual, tuned.logit_scale = vision.requires_grad_(False), model.logit_scale
-    with torch.no_grad():
-        features = torch.stack([F.normalize(vision(normalise(images)), dim=-1) for images in pool])
-    scale = tuned.logit_scale.detach().half().float().exp()
-    parameters = [p for name, p in tuned.named_parameters() if not name.startswith("visual.") and name != "logit_scale"]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
-    bar = tqdm(range(steps), desc="tuning text")
-    for _ in bar:
-        chosen = features[torch.randint(len(pool), (pool.shape[1],)), torch.arange(pool.shape[1])]
-        loss = contrast(scale, chosen, tuned.encode_text(captions.batch(), normalize=True))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
-    return tuned.eval()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data.miniature",
-        description="Pre-train the small CLIP on captioned pictures and write its checkpoint.",
-    )
-    add = parser.add_argument
-    add("--steps", type=int, default=2000, help="training steps of both towers (default %(default)s)")
-    add("--text-steps", type=int, default=500, help="then, of a new text tower (default %(default)s)")
-    add("--per-class", type=int, default=1000, help="pictures drawn of every class (default %(default)s)")
-    add("--lr", type=float, default=1.5e-3, help="peak learning rate of both towers (default %(default)s)")
-    add("--named", type=float, default=0.05, help="share of the new text tower's captions that use a class name")
-    add("--mixed", type=float, nargs=2, default=(0.15, 0.5), metavar=("LOW", "HIGH"),
-        help="how often that name is a neighbour's, drawn per class (default 0.15 0.5)")  # fmt: skip
-    add("--seed", type=int, default=0, help="default %(default)s")
-    add("--output", type=Path, default=CHECKPOINT, help="default %(default)s")
-    args = parser.parse_args()
-    described = Captions(0, (0, 0), args.seed)
-    model = pretrain(draw_pool(args.per_class, args.seed), described, args.steps, args.lr, args.seed)
-    named = Captions(args.named, args.mixed, args.seed)
-    model = tune_text(model, draw_pool(min(60, args.per_class), args.seed + 1), named, args.text_steps, args.seed)
-    state = {name: value.half().contiguous() for name, value in model.state_dict().items()}
-    settings = {name: str(value) for name, value in vars(args).items() if name != "output"}
-    save_file(state, args.output, {"command": "python -m data.miniature", **settings})
-
-
-if __name__ == "__main__":
-    main()

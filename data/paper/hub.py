@@ -1,20 +1,17 @@
-"""The paper's suite: pre-trained CLIP, its fine-tuned vision towers, zero-shot heads, and the eight data sets' images.
+"""The paper's suite: tasks and architectures, the repositories that hold them, what a run needs on disk, the weights.
 
 Everything comes from the model hub, or (`hub`) from a mirror of it on disk in which every repository is a folder of its
 own name, as `hf download REPO --local-dir DIR/REPO` makes it. Whatever cannot be used is refused with an InputError.
 """
 
-import hashlib
 import json
 import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import huggingface_hub
 import numpy as np
@@ -22,19 +19,15 @@ import open_clip
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from filelock import FileLock
 from huggingface_hub import HfApi
-from open_clip.transform import PreprocessCfg, image_transform_v2
-from safetensors.torch import load_file
-from safetensors.torch import save as to_safetensors
+from huggingface_hub.file_download import repo_folder_name
+from open_clip.transform import PreprocessCfg
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torchvision.transforms import Compose
-from torchvision.transforms.functional import normalize
 from tqdm import tqdm
 
-
-class InputError(ValueError):
-    """Files, data or a network that cannot be used: one sentence with what was found, where, and what would do."""
+from data.files import InputError, fingerprint, one_line, read_kept, some, write
 
 
 class Task(NamedTuple):
@@ -99,10 +92,6 @@ def preprocessing(arch: Architecture) -> PreprocessCfg:
     return PreprocessCfg(size=tuple(size) if isinstance(size, list | tuple) else (size, size), **given)
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
 # ------------------------------------------------------------------------------------------------ the hub or its mirror
 
 
@@ -124,13 +113,16 @@ class Repository(NamedTuple):
         return Path(found) if isinstance(found, str) else None
 
     def fetch(self, file: str) -> Path:
-        """The file on disk, downloaded if need be. Raises InputError when that fails."""
-        if path := self.on_disk(file):
-            return path
+        """The file on disk, downloaded if need be. Raises InputError when that fails or something else lies there."""
+        path = self.on_disk(file)
         try:
-            return Path(huggingface_hub.hf_hub_download(self.name, file, repo_type=self.kind, revision=self.revision))
+            path = path or Path(
+                huggingface_hub.hf_hub_download(self.name, file, repo_type=self.kind, revision=self.revision)
+            )
         except Exception as error:  # the transports' errors have no common class
             raise InputError(f"cannot download {file} of {self.name}: {one_line(error)}") from error
+        refuse_mistaken(path)
+        return path
 
     def first(self, *files: str) -> str:
         """The first of these files that exists. Raises InputError when none does."""
@@ -138,11 +130,6 @@ class Repository(NamedTuple):
             if file in self.sizes:
                 return file
         raise InputError(f"{self.folder or self.name} has no {' or '.join(files)}; it has: {some(self.sizes)}")
-
-
-def some(names: Iterable[str], limit: int = 6) -> str:
-    names = sorted(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "") or "nothing"
 
 
 def repository(name: str, kind: str, hub: Path | None) -> Repository:
@@ -156,17 +143,43 @@ def repository(name: str, kind: str, hub: Path | None) -> Repository:
             sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
             return Repository(name, kind, sizes, revision=info.sha, card=info.card_data or {})
         except Exception as error:
-            try:
-                folder = Path(huggingface_hub.snapshot_download(name, repo_type=kind, local_files_only=True))
-            except Exception:
+            folder = downloaded(name, kind)
+            if folder is None:
                 message = f"cannot reach {name} on the model hub ({one_line(error)}); --hub DIR reads a mirror on disk"
                 raise InputError(message) from error
     else:
         folder = Path(hub) / name
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    sizes = files_in(folder)
     if not sizes:
         raise InputError(f"the mirror has no files in {folder}; `hf download {name} --local-dir {folder}` gets them")
     return Repository(name, kind, sizes, folder=folder)
+
+
+def downloaded(name: str, kind: str) -> Path | None:
+    """The fullest, then latest, snapshot in the hub client's cache, be it partial; None when there is none.
+
+    (`snapshot_download` without a network finds only what refs/main names, and a download by commit writes none.)
+    """
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+    snapshots = {
+        path: files_in(path) for path in cache.glob(f"{repo_folder_name(repo_id=name, repo_type=kind)}/snapshots/*")
+    }
+    return max(
+        (path for path, files in snapshots.items() if files),
+        key=lambda path: (len(snapshots[path]), path.stat().st_mtime),
+        default=None,
+    )
+
+
+def files_in(folder: Path) -> dict[str, int]:
+    """The sizes of all files below a folder by their paths in it; links are followed, but not in a circle."""
+    sizes = {}
+    for here, folders, files in os.walk(folder, followlinks=True):
+        above = {os.path.realpath(path) for path in (Path(here), *Path(here).parents)}
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(here, name)) not in above]
+        paths = [Path(here, name) for name in files]
+        sizes |= {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths if path.is_file()}
+    return sizes
 
 
 def shards(repo: Repository, config: str | None, split: str) -> list[str]:
@@ -186,6 +199,22 @@ def shards(repo: Repository, config: str | None, split: str) -> list[str]:
     if numbers != [(numbers[0][0], numbers[0][1], k) for k in range(int(numbers[0][1]))]:
         raise InputError(f"{where} should have all shards of the split {split!r} in one folder, but has: {some(files)}")
     return files
+
+
+def refuse_mistaken(path: Path) -> None:
+    """Raise InputError for what is often found in the place of a large file."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(2**16)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {one_line(error)}") from error
+    if start.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path} is a git-LFS pointer, not the file itself: `git lfs pull` gets it")
+    # The first byte would not do: a safetensors file of which the header has 60 bytes begins with "<", too.
+    page = re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|body|\?xml|!--)", start, re.IGNORECASE)
+    if page or not start.strip(b"\0"):
+        what = "a web page, not the file itself" if page else "nothing but zeros" if start else "empty"
+        raise InputError(f"{path} is {what}: download it again")
 
 
 # ------------------------------------------------------------------------------------------------------------- the plan
@@ -215,7 +244,7 @@ def plan(
 
     Raises InputError when the hub cannot be reached or a file is missing, so that a long run does not start in vain.
     """
-    items, downloads, splits = [], Path(huggingface_hub.constants.HF_HUB_CACHE), list(splits)
+    items, downloads, splits, passing = [], Path(huggingface_hub.constants.HF_HUB_CACHE), list(splits), 0
 
     def need(repo: Repository, files: list[str]) -> None:
         items.extend(Item(f"{repo.name}: {f}", repo.sizes[f], repo.on_disk(f) is not None, downloads) for f in files)
@@ -232,6 +261,10 @@ def plan(
             files = shards(repo, task.config, split)
             need(repo, files)
             items.append(decoded_item(task, repo, files, preprocessing(arch), cache, split, limit))
+            if not items[-1].present:
+                passing = max(passing, sum(repo.sizes[file] for file in files))
+    if passing:
+        items.append(Item("a passing copy of one split until it is decoded", passing, False, Path(cache)))
     return items
 
 
@@ -240,11 +273,18 @@ def decoded_item(
 ) -> Item:
     paths = [repo.on_disk(file) for file in files]
     if all(paths):
-        count, present = rows(paths), cache_path(task, prep, cache, paths, split, limit).exists()
+        count, present = rows(paths), cache_path(task, prep, cache, repo, paths, split, limit).exists()
     else:
         count, present = announced_rows(repo.card, task, split), False
     count = min(count, limit or count)
     return Item(f"{task.name} {split} images, decoded", count * int(np.prod(prep.input_size)), present, Path(cache))
+
+
+def rows(paths: Iterable[Path]) -> int:
+    try:
+        return sum(pq.read_metadata(path).num_rows for path in paths)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"a parquet file cannot be read: {one_line(error)}") from error
 
 
 def announced_rows(card: Mapping[str, Any], task: Task, split: str) -> int:
@@ -255,6 +295,19 @@ def announced_rows(card: Mapping[str, Any], task: Task, split: str) -> int:
             if entry.get("name") == split:
                 return int(entry["num_examples"])
     return task.images
+
+
+def cache_path(
+    task: Task, prep: PreprocessCfg, cache: Path, repo: Repository, paths: list[Path], split: str, limit: int | None
+) -> Path:
+    """The decoded images' file, named after all that they depend on: the source files' sizes and times among it."""
+    if repo.folder:  # a parquet file may name images that lie beside it
+        kinds = Image.registered_extensions()
+        paths = [*paths, *(repo.folder / file for file in sorted(repo.sizes) if Path(file).suffix.lower() in kinds)]
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    key = fingerprint(task.repo, task.config, task.image_column, split, vars(prep), stats)
+    first = f"-first{limit}" if limit else ""
+    return Path(cache) / f"{task.name}-{split}{first}-{key}.npy"
 
 
 def check_space(items: Iterable[Item]) -> None:
@@ -278,7 +331,7 @@ def summary(items: Iterable[Item]) -> str:
     for item in items:
         size["present" if item.present else "decode" if item.what.endswith("decoded") else "download"] += item.bytes
     download, decode, present = (f"{size[key] / 1e9:.1f} GB" for key in ("download", "decode", "present"))
-    return f"{download} to download and {decode} of decoded images to keep ({present} are there already)"
+    return f"{download} to download and {decode} for decoding images ({present} are there already)"
 
 
 # ---------------------------------------------------------------------------------------------------------- the weights
@@ -296,8 +349,7 @@ def load_pretrained(arch: Architecture, hub: Path | None = None) -> open_clip.CL
     source = arch.pretrained
     if hub is not None:
         repo = repository(arch.repo, "model", hub)
-        source = str(path := repo.fetch(repo.first(*PRETRAINED_FILES)))
-        refuse_mistaken(path)
+        source = str(repo.fetch(repo.first(*PRETRAINED_FILES)))
     try:
         model = open_clip.create_model(arch.model, source, force_quick_gelu=tag.get("quick_gelu", False))
     except Exception as error:  # open_clip lets through whatever torch, safetensors and the hub client raise
@@ -325,7 +377,6 @@ def load_expert(arch: Architecture, task: str, visual: nn.Module, hub: Path | No
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a weight file by name. Code in a pickle is never run. Raises InputError, saying what is there."""
-    refuse_mistaken(path)
     safe = path.suffix == ".safetensors"
     try:
         state = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
@@ -335,18 +386,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path} should hold tensors by name, the state dict of a CLIPVisionModel, and nothing else")
     return state
-
-
-def refuse_mistaken(path: Path) -> None:
-    """Raise InputError for what is often found in the place of weights."""
-    with open(path, "rb") as file:
-        start = file.read(2**16)
-    if start.startswith(b"version https://git-lfs"):
-        raise InputError(f"{path} is a git-LFS pointer, not the file itself: `git lfs pull` gets it")
-    page = start.lstrip()[:1] == b"<"
-    if page or not start.strip(b"\0"):
-        what = "a web page, not weights" if page else "nothing but zeros" if start else "empty"
-        raise InputError(f"{path} is {what}: download it again")
 
 
 def from_hugging_face(state: Mapping[str, Tensor], visual: nn.Module, source: Any) -> dict[str, Tensor]:
@@ -403,174 +442,6 @@ def refuse_unusable(state: Mapping[str, Tensor], shapes: Mapping[str, Iterable[i
             raise InputError(f"{source}: {name} has values that are not finite")
 
 
-# ----------------------------------------------------------------------------------------------------------- the images
-
-
-def image_set(
-    task: str,
-    prep: PreprocessCfg,
-    cache: Path,
-    hub: Path | None = None,
-    split: str = "test",
-    limit: int | None = None,
-    spaced: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """A data set's images as open_clip prepares them, up to normalisation: uint8 (N, 3, H, W), and labels, int64 (N,).
-
-    The images are decoded once and then memory-mapped from `cache`, where another version of the source files, another
-    size, split or limit has another file. `limit` takes the first images only or, `spaced`, as many from the whole
-    split, which may be sorted by class. Raises InputError for a missing split or column, class names or labels that are
-    not the task's, and an image that cannot be decoded.
-    """
-    spec = TASKS[task]
-    if limit is not None and limit < 1:
-        raise InputError(f"the limit on the images of a test set should be at least 1, not {limit}")
-    repo = repository(spec.repo, "dataset", hub)
-    paths = [repo.fetch(file) for file in shards(repo, spec.config, split)]
-    labels = read_labels(spec, split, paths)
-    count = min(limit or len(labels), len(labels))
-    chosen = np.linspace(0, (len(labels) if spaced else count) - 1, count).round().astype(int)
-    path = cache_path(spec, prep, cache, paths, f"{split}-spaced" if spaced else split, limit)
-    cached(path, partial(decode, spec, prep, paths, split, chosen))
-    # Copy on write: torch wants writable memory, the file stays as it is.
-    return torch.from_numpy(read_kept(path, partial(np.load, mmap_mode="c"))), torch.from_numpy(labels[chosen])
-
-
-def normalise(images: Tensor, prep: PreprocessCfg = PreprocessCfg()) -> Tensor:  # noqa: B008 (never modified)
-    """uint8 pixels (..., 3, H, W) to the float32 input of the model, by default with OpenAI's mean and deviation."""
-    return normalize(images.float() / 255, prep.mean, prep.std)
-
-
-def rows(paths: Iterable[Path]) -> int:
-    try:
-        return sum(pq.read_metadata(path).num_rows for path in paths)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise InputError(f"a parquet file cannot be read: {one_line(error)}") from error
-
-
-def cache_path(task: Task, prep: PreprocessCfg, cache: Path, paths: list[Path], split: str, limit: int | None) -> Path:
-    """The decoded images' file, named after all that they depend on: the source files' sizes and times among it.
-
-    (datasets' own cache goes by a local folder's name and would return the rows of a mirror that has changed since.)
-    """
-    stats = [path.stat() for path in paths]
-    files = [(path.name, stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats)]
-    key = digest([task.repo, task.config, task.image_column, split, vars(prep), files])
-    first = f"-first{limit}" if limit else ""
-    return Path(cache) / f"{task.name}-{split}{first}-{key}.npy"
-
-
-def digest(facts: Any) -> str:
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-
-
-def read_labels(task: Task, split: str, paths: list[Path]) -> np.ndarray:
-    """All labels, int64 (N,), checked against the task's classes."""
-    import datasets
-
-    where = f"{task.name}, split {split} of {task.repo}"
-    columns = []
-    for path in paths:
-        try:
-            schema = pq.read_schema(path)
-            if missing := {task.image_column, task.label_column} - set(schema.names):
-                raise InputError(f"{where} has no column {some(missing)}; it has: {some(schema.names)}")
-            feature = datasets.Features.from_arrow_schema(schema)[task.label_column]
-            columns += pq.read_table(path, columns=[task.label_column]).column(0).chunks
-        except (OSError, pa.ArrowException) as error:
-            raise InputError(f"{where}: {path} is not a readable parquet file: {one_line(error)}") from error
-        names = getattr(feature, "names", task.classes)
-        if len(names) != len(task.classes):
-            raise InputError(f"{where} has {len(names)} classes ({some(names)}), but tasks.json {len(task.classes)}")
-    labels = [label for column in columns for label in column.to_pylist()]
-    if not labels:
-        raise InputError(f"{where} has no images")
-    for index, label in enumerate(labels):
-        if not isinstance(label, int) or not 0 <= label < len(task.classes):
-            raise InputError(f"{where}: image {index} has the label {label!r}; 0 to {len(task.classes) - 1} are known")
-    return np.array(labels, np.int64)
-
-
-def decode(task: Task, prep: PreprocessCfg, paths: list[Path], split: str, chosen: np.ndarray, file: BinaryIO) -> None:
-    """Write the images of these numbers as open_clip would hand them to ToTensor, in the format of numpy.save."""
-    transform = Compose(image_transform_v2(prep, is_train=False).transforms[:-2])  # without ToTensor and Normalize
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(chosen), *prep.input_size)}
-    np.lib.format.write_array_header_1_0(file, header)
-    start = 0
-    # Threads suffice: Pillow decodes and resizes without holding Python's lock.
-    with ThreadPoolExecutor() as pool, tqdm(total=len(chosen), desc=f"{task.name} {split}", unit="img") as bar:
-        for batch in batches(paths, task.image_column):
-            here = chosen[(start <= chosen) & (chosen < start + len(batch))]
-            jobs = [pool.submit(pixels, transform, batch[index - start]) for index in here]
-            for index, job in zip(here, jobs):
-                try:
-                    data = job.result()
-                except Exception as error:  # Pillow's plug-ins raise what they like
-                    where = f"{task.name}, split {split} of {task.repo}: image {index}"
-                    raise InputError(f"{where} cannot be decoded: {one_line(error)}") from error
-                file.write(data)
-            start += len(batch)
-            bar.update(len(here))
-            if start > chosen[-1]:
-                break
-
-
-def batches(paths: list[Path], column: str, size: int = 256) -> Iterator[list[dict]]:
-    """The encoded images of the parquet files, a few at a time."""
-    for path in paths:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(size, columns=[column]):
-                yield batch.column(0).to_pylist()
-
-
-def pixels(transform: Callable, entry: dict) -> bytes:
-    """One image decoded as `datasets` does (turned as its EXIF tag says) and prepared: the bytes of uint8 (3, H, W)."""
-    import datasets  # takes seconds and 80 MB, for nothing in the miniature
-
-    image = datasets.Image().decode_example({"bytes": entry["bytes"], "path": None})
-    return np.asarray(transform(image), np.uint8).transpose(2, 0, 1).tobytes()
-
-
-def cached(path: Path, save: Callable[[BinaryIO], Any]) -> None:
-    """Make the file unless it is there. It appears only when complete and on disk, made by one process at a time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        if path.exists():
-            return
-
-        def fill(aside: Path) -> None:
-            with open(aside, "wb") as file:
-                save(file)
-
-        for left in path.parent.glob(f"{path.name}.*.part"):  # by a run that was killed as it wrote
-            left.unlink()
-        write(path, fill)
-
-
-def write(file: Path, save: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all; several processes may write the same one. Raises InputError if it cannot be."""
-    aside = file.with_name(f"{file.name}.{os.getpid()}.part")
-    try:
-        save(aside)
-        with open(aside, "rb+") as written:
-            os.fsync(written.fileno())
-        aside.replace(file)
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter
-        advice = "free some space or choose another --output or --cache, and the same command goes on"
-        raise InputError(f"cannot write {file} ({one_line(error)}): {advice}") from error
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def read_kept(path: Path, load: Callable[[Path], Any]) -> Any:
-    """What an earlier run has kept. Raises InputError if the file has been damaged since: it was written whole."""
-    try:
-        return load(path)
-    except Exception as error:  # a damaged file fails in many ways
-        message = f"{path} is damaged ({one_line(error)}): delete it, and the same command makes it again"
-        raise InputError(message) from error
-
-
 # ------------------------------------------------------------------------------------------------------------ the heads
 
 
@@ -586,15 +457,22 @@ def zero_shot_heads(
     model: open_clip.CLIP, arch: Architecture, cache: Path, tasks: Iterable[str] = TASKS
 ) -> dict[str, Tensor]:
     """The heads of all tasks, kept in `cache` under the text tower's weights, the class names and the templates."""
-    text = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        if not name.startswith("visual."):
-            text.update(value.cpu().contiguous().numpy())
+    text = fingerprint(*(p.cpu().numpy() for name, p in model.state_dict().items() if not name.startswith("visual.")))
     heads = {}
     with tqdm(list(tasks), desc="zero-shot heads") as names:
         for task in names:
-            facts = [arch.model, text.hexdigest(), TASKS[task].templates, TASKS[task].classes]
-            path = Path(cache) / f"head-{task}-{digest(facts)}.safetensors"
-            cached(path, lambda file, t=task: file.write(to_safetensors({"head": zero_shot_head(model, arch, t)})))
+            key = fingerprint(arch.model, text, TASKS[task].templates, TASKS[task].classes)
+            path = Path(cache) / f"head-{task}-{key}.safetensors"
+            if not path.exists():
+                make_folder(path.parent)
+                head = zero_shot_head(model, arch, task).cpu().contiguous()
+                write(path, lambda file, head=head: save_file({"head": head}, file))
             heads[task] = read_kept(path, load_file)["head"].to(model.logit_scale.device)
     return heads
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {folder} ({one_line(error)}): choose another --cache") from error

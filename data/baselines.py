@@ -1,0 +1,550 @@
+"""The methods that WEMoE is compared with, each a short function of what it needs.
+
+The same notation as in wemoe.py: θ_0 is the pre-trained model, τ_t = θ_t - θ_0 a task vector, λ a coefficient; B
+samples, T tasks, D features, `...` any axes. State dicts go by name. A batch is the model's input, or its inputs by
+name (a text's input_ids and attention_mask).
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization
+from torch.overrides import BaseTorchFunctionMode
+
+import wemoe
+from wemoe import MergedLinear, WEMoE
+
+State = dict[str, Tensor]
+Vectors = Iterable[State] | Mapping[str, State]
+Batch = Tensor | Mapping[str, Tensor]
+
+# ---- Task vectors, trimmed, elected, unified -------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def trim(tau: State, keep: float = 0.2) -> State:
+    """The `keep` share of entries of τ, at least one, largest in magnitude over all its tensors; zero elsewhere."""
+    magnitudes = torch.cat([entry.abs().flatten().float() for entry in tau.values()])
+    threshold = magnitudes.kthvalue(len(magnitudes) - _share(keep, len(magnitudes)) + 1).values
+    return {name: torch.where(entry.abs().float() >= threshold, entry, 0) for name, entry in tau.items()}
+
+
+@torch.no_grad()
+def trim_and_elect(task_vectors: Vectors, keep: float = 0.2) -> list[State]:
+    """τ̂_t = trim(τ_t), where its sign is the elected one, γ = sgn(Σ_t τ̂_t), and zero elsewhere: TIES' first two steps.
+
+    AdaMerging++ learns λ for these. Raises ValueError if the vectors differ in structure, and unless 0 < keep <= 1.
+    """
+    trimmed = [trim(tau, keep) for tau in _members(task_vectors)]
+    signs = {name: taus.sum(0).sign() for name, taus in _stacked(trimmed).items()}
+    return [{name: torch.where(e.double() * signs[name] > 0, e, 0) for name, e in tau.items()} for tau in trimmed]
+
+
+@torch.no_grad()
+def ties(task_vectors: Vectors, keep: float = 0.2, merge: str = "sum") -> State:
+    """One vector for all tasks, of the entries that `trim_and_elect` leaves (TIES-Merging, arXiv 2306.01708).
+
+    merge="sum" adds them up: so do the programs of the WEMoE paper and of AdaMerging ("dis-sum"), with λ = 0.3.
+    merge="mean" takes the mean of those that are left: TIES' own paper, with λ = 1.
+    Raises ValueError for another `merge`, if the vectors differ in structure, and unless 0 < keep <= 1.
+    """
+    if merge not in ("sum", "mean"):
+        raise ValueError(f"TIES merges by 'sum' or 'mean', not by {merge!r}.")
+    elected = trim_and_elect(task_vectors, keep)
+    merged = {}
+    for name, taus in _stacked(elected).items():
+        count = (taus != 0).sum(0).clamp_min(1) if merge == "mean" else 1
+        merged[name] = (taus.sum(0) / count).to(elected[0][name].dtype)
+    return merged
+
+
+@torch.no_grad()
+def emr(task_vectors: Vectors) -> tuple[State, list[State], list[float]]:
+    """EMR-Merging's unified vector τ, masks M_t and rescalers λ_t (Huang et al., arXiv 2405.17461):
+
+        γ = sgn(Σ_t τ_t),  τ = γ max_t |τ_t| over the t with sgn(τ_t) = γ,  M_t = (τ_t τ > 0),  λ_t = Σ|τ_t| / Σ|M_t τ|
+
+    entry by entry, but the sums in λ_t are over all entries. The model of task t is θ_0 + λ_t M_t τ.
+    """
+    vectors = _members(task_vectors)
+    unified, masks, rescalers = {}, [{} for _ in vectors], []
+    for name, taus in _stacked(vectors).items():
+        sign = taus.sum(0).sign()
+        agree = taus * sign > 0  # that is, τ_t τ > 0
+        unified[name] = (sign * (taus.abs() * agree).amax(0)).to(vectors[0][name].dtype)
+        for mask, of_task in zip(masks, agree):
+            mask[name] = of_task
+    for tau, mask in zip(vectors, masks):
+        kept = sum((mask[name] * entry).abs().sum(dtype=torch.float64) for name, entry in unified.items())
+        rescalers.append(float(sum(v.abs().sum(dtype=torch.float64) for v in tau.values()) / kept) if kept else 0.0)
+    return unified, masks, rescalers
+
+
+def _share(keep: float, count: int) -> int:
+    """How many of so many entries are kept, at least one. Raises ValueError unless 0 < keep <= 1."""
+    if not 0 < keep <= 1:
+        raise ValueError(f"The share of entries to keep lies above 0 and up to 1, got {keep=}.")
+    return max(1, round(keep * count))
+
+
+def _members(vectors: Vectors) -> list[State]:
+    members = list(vectors.values() if isinstance(vectors, Mapping) else vectors)
+    if not members:
+        raise ValueError("There is nothing to merge: at least one task vector is needed.")
+    return members
+
+
+def _stacked(vectors: list[State]) -> State:
+    """Each entry of all vectors, (T, *shape), in float64. Raises ValueError, naming the entry, if one differs."""
+    wemoe.task_arithmetic(vectors[0], vectors[1:])
+    return {name: torch.stack([tau[name] for tau in vectors]).double() for name in vectors[0]}
+
+
+# ---- Adapted without labels: λ, or a mask ----------------------------------------------------------------------------
+
+
+class _Merge(nn.Module):
+    """θ_0 -> θ_0 + Σ_t λ_t τ_t for one tensor, with τ (T, *shape)."""
+
+    def __init__(self, tau: Tensor, lam: nn.Parameter, row: int, is_buffer: bool):
+        super().__init__()
+        self.tau, self.lam = nn.Parameter(tau, requires_grad=False), lam
+        self.row, self.is_buffer = row, is_buffer
+
+    def update(self) -> Tensor:
+        return torch.tensordot(self.lam[self.row].clamp(0, 1).to(self.tau), self.tau, dims=1)
+
+    def forward(self, theta_0: Tensor) -> Tensor:
+        with torch.autocast(theta_0.device.type, enabled=False):
+            merged = theta_0 + self.update()
+        return merged.detach() if self.is_buffer else merged  # no function differentiates a buffer
+
+
+class AdaMerging(nn.Module):
+    """θ_0 + Σ_t λ_t τ_t, its λ trained by `wemoe.adapt`: one for each task, or for each parameter and task.
+
+    AdaMerging (Yang et al., arXiv 2310.02575); on `trim_and_elect`ed task vectors, AdaMerging++. `lam` is (1, T) or,
+    layer-wise, (parameters, T); in use it is clamped to [0, 1], as in its authors' program. `merged()` is what comes of
+    it, as entries of an ordinary state dict. Each tensor of `pretrained` is a parametrization: merged as it is used, so
+    that hooks, checkpoints and wrappers inside the model find nothing unusual.
+    Raises ValueError if a task vector does not fit θ_0, if λ starts outside [0, 1], or if a forward was replaced.
+    """
+
+    merge = _Merge
+
+    def __init__(self, pretrained: nn.Module, task_vectors: Vectors, layer_wise: bool = True, init_lambda: float = 0.3):
+        super().__init__()
+        if not 0 <= init_lambda <= 1:
+            raise ValueError(f"λ lies between 0 and 1 in AdaMerging, got {init_lambda=}.")
+        vectors = _members(task_vectors)
+        for tau in vectors:
+            fitting = wemoe.task_vector(pretrained, tau)  # refuses what does not fit
+        self.pretrained = copy.deepcopy(pretrained).requires_grad_(False)
+        entries = {name: p for name, p in self.pretrained.state_dict(keep_vars=True).items() if name in fitting}
+        called = {p: name for name, p in entries.items()}  # a tied tensor has one λ
+        shape = len(called) if layer_wise else 1, len(vectors)
+        self.lam = nn.Parameter(torch.full(shape, float(init_lambda), device=next(iter(called)).device))
+        merges, places = {}, {}
+        for row, (p, name) in enumerate(called.items()):
+            taus = torch.stack([tau[name].detach().to(p) for tau in vectors])  # (T, *shape)
+            merges[p] = self.merge(taus, self.lam, row if layer_wise else 0, not isinstance(p, nn.Parameter))
+        for path, module in list(self.pretrained.named_modules()):
+            if "forward" in vars(module):
+                raise ValueError(f"{path!r}: its forward was replaced (compiled, offloaded). Pass the model before.")
+            if is_parametrized(module):  # by weight_norm, say: its class is that of the original, which is to stay
+                module.__class__ = type(type(module).__name__, (type(module),), {})
+            for attribute, p in [*module._parameters.items(), *module._buffers.items()]:
+                if p is not None and p in merges:
+                    places[p] = path, attribute
+                    register_parametrization(module, attribute, merges[p])
+        # Which module's an entry is, and what it is called there: names in a state dict need not be those of modules.
+        self.names = {name: places[p] for name, p in entries.items()}
+
+    def merged(self) -> State:
+        return {name: getattr(self.pretrained.get_submodule(path), at) for name, (path, at) in self.names.items()}
+
+    def forward(self, *args, **kwargs):
+        return self.pretrained(*args, **kwargs)
+
+
+class _MaskedMerge(_Merge):
+    """θ_0 -> θ_0 + m / mean(m) ∘ Σ_t λ_t τ_t for one tensor."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.x, self.u = nn.Parameter(torch.zeros_like(self.tau[0])), None
+
+    def draw(self) -> None:
+        self.u = torch.rand_like(self.x).clamp(1e-6, 1 - 1e-6) if torch.is_grad_enabled() else None
+
+    def mask(self) -> Tensor:
+        mask = torch.sigmoid((self.x if self.u is None else self.x + self.u.logit()) / 0.5)
+        return mask / mask.mean()
+
+    def update(self) -> Tensor:
+        return self.mask() * super().update()
+
+
+class ConcreteMask(AdaMerging):
+    """θ_0 + m / mean(m) ∘ Σ_t λ τ_t: one mask m over the parameters, the mean taken in each tensor, λ constant.
+
+    m = σ((x + ln u/(1-u)) / 0.5) with trainable logits x, 0 at first, and u uniform, drawn anew at every forward
+    pass, is the Concrete relaxation of a binary mask (Tang et al., arXiv 2312.06173); u = 1/2 without gradients.
+    """
+
+    merge = _MaskedMerge
+
+    def __init__(self, pretrained: nn.Module, task_vectors: Vectors, scaling: float = 0.3):
+        super().__init__(pretrained, task_vectors, layer_wise=False, init_lambda=scaling)
+        self.lam.requires_grad_(False)
+
+    def draw(self) -> None:
+        """Draw u, which stays the same until the next forward pass: also where a checkpoint runs again."""
+        for module in self.modules():
+            if isinstance(module, _MaskedMerge):
+                module.draw()
+
+    def masks(self) -> State:
+        self.draw()
+        places = {name: (self.pretrained.get_submodule(path), at) for name, (path, at) in self.names.items()}
+        return {name: module.parametrizations[at][0].mask() for name, (module, at) in places.items()}
+
+    def merged(self) -> State:
+        self.draw()
+        return super().merged()
+
+    def forward(self, *args, **kwargs):
+        self.draw()
+        return super().forward(*args, **kwargs)
+
+
+# ---- WEMoE's relatives: other forms of τ, shared routers, a router that was told the tasks ---------------------------
+
+
+class SparseLinear(MergedLinear):
+    """Of each task's matrix only the `keep` share of entries, the largest in magnitude, with their places (E-WEMoE).
+
+    `layer=partial(SparseLinear, keep=0.1)` for `wemoe.upscale`. Raises ValueError unless 0 < keep <= 1.
+    """
+
+    def __init__(self, linear: nn.Linear, tau: Mapping[Tensor, Tensor], keep: float):
+        super().__init__(linear, tau)
+        dense = self._parameters.pop("tau_0").detach()
+        self.shape, flat = dense.shape, dense.flatten(1)
+        kept = flat.abs().topk(_share(keep, flat.shape[1])).indices  # (T, kept)
+        mask = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, kept, True).view(self.shape)
+        by_rows = mask.transpose(0, 1).flatten()  # (D_out · T · D_in): what a few rows need lies together
+        index = by_rows.nonzero().flatten()
+        self.register_buffer("index", index.int() if len(by_rows) < 2**31 else index)
+        self.values = nn.Parameter(dense.transpose(0, 1).flatten()[by_rows], requires_grad=False)
+
+    def tau(self, i: int) -> Tensor:
+        return self.rows(slice(0, self.shape[1])).transpose(0, 1) if i == 0 else super().tau(i)
+
+    def rows(self, rows: slice) -> Tensor:
+        size = self.shape[0] * self.shape[2]  # of one row, all tasks
+        ends = [rows.start * size, rows.stop * size]
+        start, stop = torch.searchsorted(self.index, self.index.new_tensor(ends)).tolist()
+        tile = self.values.new_zeros(ends[1] - ends[0])
+        tile.scatter_(0, self.index[start:stop].long() - ends[0], self.values[start:stop])
+        return tile.view(-1, self.shape[0], self.shape[2])
+
+
+class LowRankLinear(MergedLinear):
+    """Each task's matrix truncated to rank r by its singular value decomposition, as two factors: τ_t ≈ U_t V_t.
+
+    They are never multiplied: x (θ_0 + Σ_t λ_t U_t V_t)ᵀ = x θ_0ᵀ + Σ_t λ_t (x V_tᵀ) U_tᵀ, two thin products.
+    `layer=partial(LowRankLinear, rank=16)` for `wemoe.upscale`. Raises ValueError for a rank below 1.
+    """
+
+    def __init__(self, linear: nn.Linear, tau: Mapping[Tensor, Tensor], rank: int):
+        super().__init__(linear, tau)
+        u, v = _factors(self._parameters.pop("tau_0").detach(), rank)
+        self.u = nn.Parameter(u.movedim(1, 0).contiguous(), requires_grad=False)  # (D_out, T, r)
+        self.v = nn.Parameter(v.contiguous(), requires_grad=False)  # (T, r, D_in)
+
+    def tau(self, i: int) -> Tensor:
+        return self.u.movedim(1, 0) @ self.v if i == 0 else super().tau(i)
+
+    def run(self, lam: Tensor, x: Tensor) -> Tensor:  # λ (T,) for all samples
+        return self.each(lam[None], x)
+
+    def each(self, lam: Tensor, x: Tensor) -> Tensor:
+        x = x if len(lam) == 1 else x.expand(len(lam), *x.shape[1:])
+        lam = lam.view(len(lam), *[1] * (x.dim() - 2), -1)  # (B, ..., T)
+        h = F.linear(x, self.v.flatten(0, 1))  # (B, ..., T · r)
+        h = h * lam.to(h.dtype).repeat_interleave(self.v.shape[1], -1)
+        y = F.linear(x, self.weight, self.bias).add_(F.linear(h, self.u.flatten(1)))
+        return y if self.bias is None else y.add_(lam.to(self.bias) @ super().tau(1))
+
+
+def _factors(tau: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(..., D_out, r) and (..., r, D_in), whose product comes closest to τ (..., D_out, D_in)."""
+    if rank < 1:
+        raise ValueError(f"Task vectors have a rank of at least 1, got {rank=}.")
+    u, s, v = torch.linalg.svd(tau.to(torch.promote_types(tau.dtype, torch.float32)), full_matrices=False)
+    return (u * s[..., None, :])[..., :rank].to(tau.dtype), v[..., :rank, :].to(tau.dtype)
+
+
+def share_router(model: nn.Module) -> nn.Module:
+    """Let the first router of an upscaled model serve all its modules, each with its own input (E-WEMoE, 2410.21804).
+
+    Raises ValueError if nothing is routed, or if the modules' hidden sizes differ.
+    """
+    routed = {name: module for name, module in model.named_modules() if isinstance(module, WEMoE)}
+    sizes = {module.router.hidden_size: name for name, module in routed.items()}
+    if len(sizes) != 1:
+        found = " and ".join(f"{size} ({name!r})" for size, name in sizes.items()) or "no routed module"
+        raise ValueError(f"Modules that share a router need one hidden size, found {found}.")
+    (first, *_) = routed.values()
+    for module in routed.values():
+        module.router = first.router
+    return model
+
+
+class TwinMerging(nn.Module):
+    """What all tasks share, plus what is each task's own in low rank (Lu et al., arXiv 2406.15479).
+
+    θ(x) = θ_s + Σ_t λ_t(x) τ_t in the routed modules of `model`. λ(x) is the softmax of a linear `classifier` of tasks,
+    once for an input, on the normalised features of the shared model, which is this model at λ = 0.
+    """
+
+    def __init__(self, model: nn.Module, num_tasks: int, features: Callable[[nn.Module, Batch], Tensor]):
+        super().__init__()
+        self.model, self.num_tasks, self.features_of = model.requires_grad_(False), num_tasks, features
+        self.router, self.classifier = _Given(), nn.LazyLinear(num_tasks)
+        for module in model.modules():
+            if isinstance(module, WEMoE):
+                module.router = self.router
+
+    def features(self, batch: Batch) -> Tensor:
+        with self.routed_by(torch.zeros(1, self.num_tasks, device=_device(batch))):
+            features = F.normalize(self.features_of(self.model, batch).float(), dim=-1)  # (B, D)
+        return features * features.shape[-1] ** 0.5
+
+    def task_weights(self, batch: Batch) -> Tensor:
+        return self.classifier(self.features(batch)).softmax(-1)  # (B, T)
+
+    def forward(self, *args, **kwargs):
+        if len(args) + bool(kwargs) != 1:
+            raise TypeError("Twin-Merging takes one input, or inputs by name.")
+        (batch,) = args or (kwargs,)
+        with self.routed_by(self.task_weights(batch)):
+            return _run(self.model, batch)
+
+    @contextmanager
+    def routed_by(self, lam: Tensor) -> Iterator[None]:
+        """Meanwhile, λ (B, T), or (1, T) for all samples, is this in all routed modules."""
+        self.router.lam = lam
+        try:
+            yield
+        finally:
+            self.router.lam = None  # so that the model can be copied
+
+
+class _Given(nn.Module):
+    """A router that gives the λ (B, T), or (1, T) for all samples, which it was given for one forward pass."""
+
+    lam: Tensor | None = None
+
+    @property
+    def depth(self) -> int | None:
+        return 0 if self.lam is not None and len(self.lam) == 1 else None  # of one λ, layers merge once
+
+    def forward(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self.lam is None:
+            raise RuntimeError("A module of Twin-Merging runs in a forward pass of the whole, which gives λ.")
+        return self.lam.expand(len(h), -1)
+
+
+# Transformer blocks in open_clip, timm, torchvision and Hugging Face.
+BLOCKS = r"(^|\.)(resblocks|blocks?|layers?|h)\.(\w+_)?\d+$"
+
+
+def twin_merging(
+    pretrained: nn.Module,
+    finetuned: Mapping[str, nn.Module],
+    inputs: Mapping[str, Batch],
+    *,
+    scaling: float = 0.3,
+    rank: int = 16,
+    steps: int = 300,
+    lr: float = 1e-2,
+    modules: str | Callable[[str, nn.Module], bool] = BLOCKS,
+    features: Callable[[nn.Module, Batch], Tensor] | None = None,
+) -> TwinMerging:
+    """Twin-Merging, its classifier trained on a batch of inputs of each task, the task being their label.
+
+    θ_s comes from task arithmetic, and τ_t = θ_t - θ_s with matrices of rank r. `modules` have a part of their own,
+    selected as by wemoe.upscale; the rest is θ_s. `features(model, batch)` (B, D) is what the classifier sees: unless
+    given, the model's output. All is done on the inputs' device. Raises ValueError if the tasks differ.
+    """
+    _check_tasks(finetuned, inputs)
+    device = _device(next(iter(inputs.values())))
+    shared = copy.deepcopy(pretrained).to(device)
+    vectors = (wemoe.task_vector(shared, model) for model in finetuned.values())
+    shared.load_state_dict(wemoe.task_arithmetic(shared, vectors, scaling))
+    experts = []
+    for model in finetuned.values():
+        own = wemoe.task_vector(shared, model)
+        for name, tau in own.items():
+            if tau.dim() == 2:  # of attention, too, which has no other form than the dense one
+                u, v = _factors(tau, rank)
+                own[name] = u @ v
+        experts.append(wemoe.task_arithmetic(shared, [own], 1.0))
+    layer = partial(LowRankLinear, rank=rank)
+    model = wemoe.upscale(shared, experts, init_lambda=0.0, router_depth=0, modules=modules, layer=layer)
+    twin = TwinMerging(model, len(experts), features or _run).to(device)
+    with torch.no_grad():
+        seen = [twin.features(inputs[task]) for task in finetuned]
+    labels = torch.cat([torch.full((len(x),), task, device=device) for task, x in enumerate(seen)])
+    seen = torch.cat(seen)
+    twin.classifier(seen[:1])  # so that it has weights
+    optimizer = torch.optim.Adam(twin.classifier.parameters(), lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            F.cross_entropy(twin.classifier(seen), labels).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    return twin
+
+
+class Ensemble(nn.Module):
+    """The mean of the models' normalised features, that is, the mean of their logits."""
+
+    def __init__(self, models: Iterable[nn.Module] | Mapping[str, nn.Module]):
+        super().__init__()
+        self.models = nn.ModuleList(models.values() if isinstance(models, Mapping) else models)
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        return sum(F.normalize(model(*args, **kwargs), dim=-1) for model in self.models)
+
+
+# ---- Means of models by what inputs of their tasks say ---------------------------------------------------------------
+
+
+def fisher_merging(
+    finetuned: Mapping[str, nn.Module], inputs: Mapping[str, Batch], heads: Mapping[str, Callable[..., Tensor]]
+) -> State:
+    """Σ_t F_t θ_t / Σ_t F_t, entry by entry, F being diagonal Fisher information (arXiv 2111.09832)."""
+    _check_tasks(finetuned, inputs, heads)
+    fishers = [fisher_information(model, inputs[task], heads[task]) for task, model in finetuned.items()]
+    return average_by(fishers, [model.state_dict() for model in finetuned.values()], weigh_entries)
+
+
+def regmean(finetuned: Mapping[str, nn.Module], inputs: Mapping[str, Batch], alpha: float = 0.9) -> State:
+    """RegMean (Jin et al., arXiv 2212.09849): linear layers by least squares on their inputs, all else by the mean."""
+    _check_tasks(finetuned, inputs)
+    grams = [gram_matrices(model, inputs[task]) for task, model in finetuned.items()]
+    rule = partial(least_squares, alpha=alpha)
+    return average_by(grams, [model.state_dict() for model in finetuned.values()], rule)
+
+
+def fisher_information(model: nn.Module, batch: Batch, logits: Callable[..., Tensor]) -> State:
+    """Diagonal Fisher information by parameter name, without labels (Matena and Raffel, arXiv 2111.09832):
+
+        F = 1/N Σ_n Σ_y p(y|x_n) (∂/∂θ log p(y|x_n))²,  p(·|x) = softmax(logits(model(x)))
+
+    Of more than 16 classes, 16 are drawn from p instead of summing over all.
+    """
+    model = copy.deepcopy(model).to(_device(batch)).requires_grad_()
+    theta, samples = list(model.parameters()), _split(batch, 1)
+    total = [torch.zeros_like(p) for p in theta]
+    for x in samples:
+        # The other implementations of attention would go through the classes one by one.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            log_p = F.log_softmax(logits(_run(model, x)), dim=-1)[0]  # (C,)
+        p = log_p.detach().exp()
+        rows = p.sqrt().diag() if len(p) <= 16 else F.one_hot(torch.multinomial(p, 16, True), len(p)) / 4.0
+        gradients = torch.autograd.grad(log_p, theta, rows, is_grads_batched=True, allow_unused=True)  # (16, *shape)
+        for f, gradient in zip(total, gradients):
+            if gradient is not None:
+                f += gradient.square().sum(0) / len(samples)
+    return {name: f.cpu() for (name, _), f in zip(model.named_parameters(), total)}
+
+
+@torch.no_grad()
+def gram_matrices(model: nn.Module, batch: Batch) -> State:
+    """XᵀX / N (D_in, D_in) by the name of each matrix in a linear layer, X (N, D_in) being its inputs, all tokens."""
+    model = copy.deepcopy(model).to(_device(batch))
+    names, linear, sums = {p: name for name, p in model.named_parameters()}, F.linear, {}
+
+    def recording(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if weight in names:
+            x_rows = x.reshape(-1, x.shape[-1])
+            total, count = sums.get(names[weight], (0, 0))
+            sums[names[weight]] = total + x_rows.T @ x_rows, count + len(x_rows)
+        return linear(x, weight, bias)
+
+    # Under any mode, attention leaves its fused implementation, which does not call F.linear.
+    with patch.object(F, "linear", recording), BaseTorchFunctionMode():
+        for part in _split(batch, 64):
+            _run(model, part)
+    return {name: (total / count).cpu() for name, (total, count) in sums.items()}
+
+
+def weigh_entries(thetas: Tensor, fishers: Tensor) -> Tensor:
+    """Fisher merging: Σ_t F_t θ_t / Σ_t F_t, entry by entry; (T, ...), (T, ...) -> (...)."""
+    total = fishers.sum(0)
+    weighted = (fishers * thetas).sum(0) / total.clamp_min(torch.finfo(total.dtype).tiny)
+    return torch.where(total > 0, weighted, thetas.mean(0))
+
+
+def least_squares(thetas: Tensor, grams: Tensor, alpha: float = 0.9) -> Tensor:
+    """RegMean (Jin et al., arXiv 2212.09849): Wᵀ = (Σ_t G_t)⁻¹ Σ_t G_t W_tᵀ, off-diagonal entries of G_t times `alpha`.
+
+    (T, D_out, D_in), (T, D_in, D_in) -> (D_out, D_in). With alpha = 1, W = argmin Σ_t |X_t (W - W_t)ᵀ|² / N_t. Where a
+    feature is always 0 anything would do, and the mean is taken.
+    """
+    grams = alpha * grams + (1 - alpha) * grams.diagonal(dim1=1, dim2=2).diag_embed()
+    total, average = grams.sum(0), thetas.mean(0)
+    ridge = total.diagonal().mean() * 1e-9 + torch.finfo(total.dtype).tiny
+    total.diagonal().add_(ridge)
+    return average + torch.linalg.solve(total, (grams @ (thetas - average).mT).sum(0)).mT
+
+
+@torch.no_grad()
+def average_by(
+    statistics: list[dict[str, Tensor]],
+    models: list[dict[str, Tensor]],
+    rule: Callable[[Tensor, Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """The mean of the models, entry by entry, but by `rule` (in float64) where there are statistics of the entry."""
+    merged = {}
+    for name, entry in models[0].items():
+        thetas = torch.stack([model[name].cpu() for model in models]).double()
+        known = name in statistics[0]
+        mean = rule(thetas, torch.stack([s[name] for s in statistics]).double()) if known else thetas.mean(0)
+        merged[name] = mean.to(entry.dtype)
+    return merged
+
+
+# ---- Batches: tensors, or tensors by name ----------------------------------------------------------------------------
+
+
+def _run(model: nn.Module, batch: Batch):
+    return model(batch) if isinstance(batch, Tensor) else model(**batch)
+
+
+def _split(batch: Batch, size: int) -> list[Batch]:
+    if isinstance(batch, Tensor):
+        return list(batch.split(size))
+    return [dict(zip(batch, parts)) for parts in zip(*(x.split(size) for x in batch.values()))]
+
+
+def _device(batch: Batch) -> torch.device:
+    return batch.device if isinstance(batch, Tensor) else next(iter(batch.values())).device
+
+
+def _check_tasks(finetuned: Mapping, *others: Mapping) -> None:
+    for other in others:
+        if other.keys() != finetuned.keys():
+            raise ValueError(f"There are models for {sorted(finetuned)}, but inputs or heads for {sorted(other)}.")

@@ -1,0 +1,104 @@
+"""Several processes: workers on one machine's cores, ranks of torchrun on several GPUs, and what they show and say."""
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
+from threading import Thread
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from data.files import InputError
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def choose_device(name: str | None) -> str:
+    """The device to run on; in a distributed run, each process has a GPU of its own. Raises InputError."""
+    if name is None and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}" if world() > 1 else "cuda"
+    name = "cpu" if name is None else name
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); 'cpu' always is") from None
+    return name
+
+
+def barrier() -> None:
+    if world() > 1:
+        dist.barrier()
+
+
+def total(value: Tensor) -> Tensor:
+    """The sum of what the ranks have."""
+    if world() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def gathered(rows: Tensor) -> Tensor:
+    """The rows of all ranks, (B / ranks, C) -> (B, C), with gradients, which DistributedDataParallel averages."""
+    return torch.cat(dist.nn.functional.all_gather(rows)) if world() > 1 else rows
+
+
+def say(text: str) -> None:
+    if rank() == 0:
+        tqdm.write(text)
+
+
+WORKER = {"line": 0}  # in a worker: what all its calls share, and the line of its progress bars
+
+
+def progress(items: Iterable | None, description: str, **options) -> tqdm:
+    options = {"leave": "shared" not in WORKER, **options}  # the bars of workers share lines
+    return tqdm(items, description, position=WORKER["line"], disable=rank() > 0, **options)
+
+
+def each(shared: object, function: Callable, calls: Iterable[tuple], workers: int) -> list:
+    """The result of function(shared, *call) for each of the calls, on so many processes with one thread each.
+
+    Small models waste most of a second thread. With one worker, the calls are made here, one by one.
+    """
+    calls = list(calls)
+    if workers == 1 or len(calls) < 2:
+        return [function(shared, *call) for call in calls]
+    # Forked workers share the memory of all that is there already; one thread each keeps them clear of OpenMP's, which
+    # do not survive a fork.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    start = shared, context.RLock(), context.Value("i", 0)
+    with ProcessPoolExecutor(min(workers, len(calls)), context, _start_worker, start) as pool:
+        try:
+            return list(pool.map(_call_in_worker, repeat(function), calls))
+        except BaseException:  # an interruption, too, ends the workers at once
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+def _start_worker(shared: object, lock, count) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()  # not alone
+    torch.set_num_threads(1)
+    tqdm.set_lock(lock)
+    with count.get_lock():
+        WORKER.update(shared=shared, line=count.value)
+        count.value += 1
+
+
+def _call_in_worker(function: Callable, call: tuple):
+    return function(WORKER["shared"], *call)

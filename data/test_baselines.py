@@ -1,0 +1,1056 @@
+"""What must be true of data/baselines.py: properties first, then examples by hand, then errors.
+
+Float32 tolerances: weights and activations are of order one and sums have some dozens of terms, so that rounding (6e-8
+relative) stays below ATOL.
+"""
+
+import copy
+import io
+import math
+from functools import partial
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+import wemoe
+from data import baselines
+from data.baselines import (
+    AdaMerging,
+    ConcreteMask,
+    Ensemble,
+    LowRankLinear,
+    SparseLinear,
+    average_by,
+    emr,
+    fisher_information,
+    fisher_merging,
+    gram_matrices,
+    least_squares,
+    regmean,
+    share_router,
+    ties,
+    trim,
+    trim_and_elect,
+    twin_merging,
+    weigh_entries,
+)
+from wemoe import Router, WEMoE, adapt, routing_weights, task_arithmetic, task_vector, upscale
+
+ATOL = 2e-5
+properties = settings(max_examples=15, deadline=None, derandomize=True)
+seeds, task_numbers, batch_sizes = st.integers(0, 2**16), st.integers(1, 4), st.integers(1, 4)
+axes = st.lists(st.integers(1, 3), max_size=2)  # token or spatial axes
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Several only wait for each other in what is so small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Gated(nn.Module):
+    """An MLP as Llama's: down(silu(gate x) * up x)."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Linear(size, size, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+MLPS = {
+    "plain": lambda d: nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(), nn.Linear(2 * d, d)),
+    "normed": lambda d: nn.Sequential(nn.Linear(d, d, bias=False), nn.LayerNorm(d), nn.ReLU(), nn.Linear(d, 3)),
+    "gated": Gated,
+    "linear": lambda d: nn.Linear(d, d + 1),
+}
+kinds = st.sampled_from(sorted(MLPS))
+
+
+class Transformer(nn.Module):
+    """Two blocks of attention and an MLP, with a head, like any vision transformer without the vision."""
+
+    def __init__(self, size: int = 4):
+        super().__init__()
+        self.embed = nn.Linear(3, size)
+        self.position = nn.Parameter(torch.randn(size))
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "norm": nn.LayerNorm(size),
+                    "attn": nn.MultiheadAttention(size, 2, batch_first=True),
+                    "mlp": nn.Sequential(nn.Linear(size, 6), nn.GELU(), nn.Linear(6, size)),
+                }
+            )
+            for _ in range(2)
+        )
+        self.head = nn.Linear(size, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x) + self.position
+        for block in self.blocks:
+            h = block["norm"](x)
+            x = x + block["attn"](h, h, h, need_weights=False)[0]
+            x = x + block["mlp"](x)
+        return self.head(x.mean(1))
+
+
+class Fixed(nn.Module):
+    """A router whose weights are given: (T,) for all samples, or (B, T)."""
+
+    def __init__(self, lam: Tensor):
+        super().__init__()
+        self.lam = nn.Parameter(lam)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lam.expand(len(x), self.lam.shape[-1])
+
+
+def randomised(module: nn.Module, scale: float = 0.5) -> nn.Module:
+    for p in module.parameters():
+        nn.init.normal_(p, std=scale)
+    return module
+
+
+def family(kind: str, size: int, tasks: int, seed: int) -> tuple[nn.Module, list[nn.Module]]:
+    torch.manual_seed(seed)
+    pretrained, *finetuned = (randomised(MLPS[kind](size)) for _ in range(tasks + 1))
+    return pretrained, finetuned
+
+
+def vectors_of(models: list[nn.Module]) -> list[dict[str, Tensor]]:
+    return [task_vector(models[0], model) for model in models[1:]]
+
+
+def whole(name: str, module: nn.Module) -> bool:
+    """For `modules`: the model itself."""
+    return name == ""
+
+
+def leaves(name: str, module: nn.Module) -> bool:
+    """For `modules`: those that hold parameters themselves."""
+    return any(True for _ in module.parameters(recurse=False))
+
+
+def output_and_gradients(module: nn.Module, x: Tensor) -> list[Tensor]:
+    """y, and the gradients of its sum with some weights in x and in all that is trainable."""
+    x = x.clone().requires_grad_()
+    y = module(x)
+    weights = torch.linspace(-1, 1, y.numel()).view_as(y)
+    return [y, *torch.autograd.grad((y * weights).sum(), [x, *(p for p in module.parameters() if p.requires_grad)])]
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def close(a: object, b: object, atol: float = ATOL) -> None:
+    torch.testing.assert_close(a, b, atol=atol, rtol=ATOL)
+
+
+def same(a: object, b: object) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+# ---- TIES, EMR, Fisher merging, RegMean ------------------------------------------------------------------------------
+
+SHAPES = {"block.weight": (3, 4), "block.bias": (3,), "scale": ()}
+shares = st.sampled_from([0.03, 0.1, 0.5, 1.0])
+dtypes = st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64])
+
+
+def quarters(count: int, seed: int, dtype: torch.dtype = torch.float32) -> list[dict[str, Tensor]]:
+    """Task vectors of small quarters, many of them equal, zero or opposite: no sum of them rounds."""
+    torch.manual_seed(seed)
+    return [{name: (torch.randint(-6, 7, shape) / 4).to(dtype) for name, shape in SHAPES.items()} for _ in range(count)]
+
+
+def vector(*entries: float) -> dict[str, Tensor]:
+    return {"w": torch.tensor(entries, dtype=torch.float32)}
+
+
+def flat(tau: dict[str, Tensor]) -> list[float]:
+    return torch.cat([entry.flatten() for entry in tau.values()]).tolist()
+
+
+def merges(taus: list[dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """What every method makes of these, with some statistics of each of them."""
+    fishers = [{"scale": tau["scale"].abs() + 1, "block.bias": tau["block.bias"] ** 2} for tau in taus]
+    grams = [{"block.weight": tau["block.weight"].double().T @ tau["block.weight"].double()} for tau in taus]
+    return {
+        "sum": ties(taus, 0.5, "sum"),
+        "mean": ties(taus, 0.5, "mean"),
+        "emr": emr(taus)[0],
+        "fisher": average_by(fishers, taus, weigh_entries),
+        "regmean": average_by(grams, taus, least_squares),
+    }
+
+
+@properties
+@given(shares, dtypes, seeds)
+def test_trim_keeps_the_largest_entries_of_all_tensors_and_their_ties(keep, dtype, seed):
+    (tau,) = quarters(1, seed, dtype)
+    entries = flat(tau)
+    threshold = sorted(map(abs, entries))[-max(1, round(keep * len(entries)))]
+    assert flat(trim(tau, keep)) == [e if abs(e) >= threshold else 0 for e in entries]
+
+
+@properties
+@given(task_numbers, shares, dtypes, seeds)
+def test_ties_and_the_elected_vectors_are_their_definition(tasks, keep, dtype, seed):
+    taus = quarters(tasks, seed, dtype)
+    trimmed = list(zip(*(flat(trim(tau, keep)) for tau in taus)))
+    # The sign of the larger total, as it is that of the sum.
+    elected = [[e if e * sum(entries) > 0 else 0.0 for e in entries] for entries in trimmed]
+    ours = trim_and_elect({str(t): tau for t, tau in enumerate(taus)}, keep)
+    assert [flat(tau) for tau in ours] == [list(entries) for entries in zip(*elected)]
+    sums = [sum(entries) for entries in elected]
+    means = [sum(entries) / max(1, sum(e != 0 for e in entries)) for entries in elected]
+    for merge, expected in (("sum", sums), ("mean", means)):
+        merged = ties(taus, keep, merge)
+        assert flat(merged) == torch.tensor(expected, dtype=torch.float64).to(dtype).tolist()
+        assert {name: (p.shape, p.dtype) for name, p in merged.items()} == {n: (s, dtype) for n, s in SHAPES.items()}
+
+
+@properties
+@given(task_numbers, seeds)
+def test_emr_is_its_definition_and_keeps_each_tasks_sum_of_magnitudes(tasks, seed):
+    taus, expected = quarters(tasks, seed), []
+    for entries in zip(*map(flat, taus)):
+        expected.append(max((e for e in entries if e * sum(entries) > 0), key=abs, default=0.0))
+    unified, masks, rescalers = emr(taus)
+    assert flat(unified) == expected
+    for tau, mask, rescaler in zip(taus, masks, rescalers):
+        assert flat(mask) == [e * u > 0 for e, u in zip(flat(tau), expected)]
+        magnitudes = sum(map(abs, flat(tau))) if any(flat(mask)) else 0  # nothing may be left of a task
+        assert sum(rescaler * abs(u) * m for u, m in zip(expected, flat(mask))) == pytest.approx(magnitudes)
+
+
+@properties
+@given(st.integers(2, 4), st.randoms(), dtypes, seeds)
+def test_merging_leaves_its_inputs_alone_and_asks_for_no_order(tasks, random, dtype, seed):
+    taus = quarters(tasks, seed, dtype)
+    before, merged = copy.deepcopy(taus), merges(taus)
+    torch.testing.assert_close(merges(random.sample(taus, tasks)), merged)
+    for tau in merged.values():
+        assert {name: (p.shape, p.dtype) for name, p in tau.items()} == {n: (s, dtype) for n, s in SHAPES.items()}
+        [entry.fill_(7) for entry in tau.values()]  # nor does a result share memory with them
+    same(taus, before)
+
+
+@properties
+@given(task_numbers, dtypes, seeds)
+def test_a_vector_that_is_alone_or_that_all_tasks_share_is_recovered(tasks, dtype, seed):
+    (tau,) = quarters(1, seed, dtype)
+    merged = merges([tau] * tasks)
+    same(merged.pop("mean"), trim(tau, 0.5))
+    same(merged.pop("sum"), {name: tasks * entry for name, entry in trim(tau, 0.5).items()})
+    for name in merged:
+        same(merged[name], tau)
+    unified, masks, rescalers = emr([tau] * tasks)
+    assert rescalers == [float(any(flat(tau)))] * tasks
+    same([{name: mask[name] * unified[name] for name in tau} for mask in masks], [tau] * tasks)
+
+
+def test_merges_by_hand():
+    tau = {"a": torch.tensor([[5.0, -1.0], [0.5, 2.0]]), "b": torch.tensor([-3.0, 0.1, 0.2, 0.0, 2.5, -0.3])}
+    assert flat(trim(tau, 0.3)) == [5, 0, 0, 0, -3, 0, 0, 0, 2.5, 0]
+    same(trim(vector(3, 4), 0.01), vector(0, 4))  # one at least
+    same(trim(vector(1, 4, -2, 3), 0.4), vector(0, 4, 0, 3))  # of 1.6 entries, two
+    taus = [vector(4, -3, 0.5, 2, 1), vector(2, 5, 0.5, -2, 0), vector(-1, 1, 6, 0.5, -7)]
+    # Two of five entries are kept, and what ties with them: (4, -3, 0, 0, 0), (2, 5, 0, -2, 0), (0, 0, 6, 0, -7).
+    same(ties(taus, 0.4, "mean"), vector(3, 5, 6, -2, -7))
+    same(ties(taus, 0.4), vector(6, 5, 6, -2, -7))
+    same(trim_and_elect(taus, 0.4), [vector(4, 0, 0, 0, 0), vector(2, 5, 0, -2, 0), vector(0, 0, 6, 0, -7)])
+    # The sums are 5, 3, 7, 0.5 and -6: 4 and 2 agree, 5 and 1, all three, 2 and 0.5, and -7.
+    same(ties(taus, 1.0, "mean"), vector(3, 3, 7 / 3, 1.25, -7))
+    same(ties(taus, 1.0, "sum"), vector(6, 6, 7, 2.5, -7))
+    for merge in ("sum", "mean"):
+        same(ties([vector(2, 1), vector(-2, 0)], 1.0, merge), vector(0, 1))  # no sign is elected
+    unified, masks, rescalers = emr([vector(4, -3, 1), vector(2, 5, -1)])  # sums 6, 2 and 0
+    same(unified, vector(4, 5, 0))
+    assert list(map(flat, masks)) == [[True, False, False], [True, True, False]] and rescalers == [8 / 4, 8 / 9]
+    models = [vector(1, 2, 1), vector(3, 6, 2)]
+    same(average_by([vector(1, 0, 0), vector(3, 0, 1e-30)], models, weigh_entries), vector(2.5, 4, 2))
+    grams = torch.tensor([[[2.0, 1.0], [1.0, 2.0]], [[1.0, 0.0], [0.0, 1.0]]]).double()
+    models = torch.tensor([[[1.0, 0.0]], [[0.0, 0.0]]]).double()
+    for alpha, w in ((1.0, [5 / 8, 1 / 8]), (0.0, [2 / 3, 0.0])):  # [[3, α], [α, 3]] w = (2, α)
+        close(least_squares(models, grams, alpha), torch.tensor([w]).double())
+
+
+@pytest.mark.parametrize("classes, tolerance", [(3, 1e-12), (16, 1e-12), (20, 0.05)])
+def test_fisher_information_is_the_loop_over_inputs_and_classes(classes, tolerance):
+    """Beyond 16 classes it is an estimate: here a mean over 1000 inputs, 16 draws each."""
+    torch.manual_seed(classes)
+    tower = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    head, x = torch.randn(3, classes).double(), torch.randn(2, 4).double()
+    expected = {name: torch.zeros_like(p) for name, p in tower.named_parameters()}
+    for log_p in torch.log_softmax(tower(x) @ head, -1).flatten():
+        for f, gradient in zip(expected.values(), torch.autograd.grad(log_p, tower.parameters(), retain_graph=True)):
+            f += log_p.detach().exp() * gradient**2 / 2
+    x = x if classes <= 16 else x.repeat(500, 1)
+    with torch.no_grad():
+        f = fisher_information(tower.requires_grad_(False), x, lambda features: features @ head)
+    assert not any(p.requires_grad for p in tower.parameters())
+    torch.testing.assert_close(f, expected, rtol=tolerance, atol=tolerance / 10)
+
+
+@properties
+@given(task_numbers, st.sampled_from([0.0, 0.5, 0.9, 1.0]), seeds)
+def test_regmean_minimises_its_objective(tasks, alpha, seed):
+    """Where the gradient of a convex function is zero, it is least. The feature that is always 0 is averaged."""
+    torch.manual_seed(seed)
+    models = {t: nn.Linear(5, 3).double() for t in range(tasks)}  # some have fewer inputs than features
+    inputs = {t: torch.randn(2 + 3 * t, 5).double().index_fill(1, torch.tensor(1), 0) for t in range(tasks)}
+    merged, states = regmean(models, inputs, alpha), [model.state_dict() for model in models.values()]
+    gradient = 0
+    for state, x in zip(states, inputs.values()):
+        gram = x.T @ x / len(x)
+        gram = alpha * gram + (1 - alpha) * gram.diag().diag()
+        gradient = gradient + (merged["weight"] - state["weight"]) @ gram
+    close(gradient, torch.zeros_like(gradient), atol=1e-7)
+    mean = {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
+    close(merged["weight"][:, 1], mean["weight"][:, 1])
+    close(merged["bias"], mean["bias"])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gram_matrices_cover_the_attention_of_open_clip(training):
+    torch.manual_seed(0)
+    block, x, inputs = open_clip.transformer.ResidualAttentionBlock(8, 2).train(training), torch.randn(70, 3, 8), {}
+    hooks = []
+    for name, module in (("attn", block.attn), ("mlp.c_fc", block.mlp.c_fc), ("mlp.c_proj", block.mlp.c_proj)):
+        hooks.append(module.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0])))
+    block(x)
+    [hook.remove() for hook in hooks]
+    h, linear = inputs["attn"], F.linear
+    q, k, v = (h @ block.attn.in_proj_weight.T + block.attn.in_proj_bias).reshape(70, 3, 3, 2, 4).permute(2, 0, 3, 1, 4)
+    inputs["attn.out_proj"] = ((q @ k.mT / 2).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    names = {f"{name}.weight": x.flatten(0, 1) for name, x in inputs.items() if name != "attn"}
+    expected = {name: x.T @ x / len(x) for name, x in {"attn.in_proj_weight": h.flatten(0, 1), **names}.items()}
+    grams = gram_matrices(block, x)
+    assert grams.keys() == expected.keys() and F.linear is linear
+    torch.testing.assert_close(grams, {name: expected[name].detach() for name in grams}, rtol=1e-4, atol=1e-5)
+
+
+class Text(nn.Module):
+    """Takes its inputs by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.out = nn.Embedding(9, 4), nn.Linear(4, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        h = self.words(input_ids) * attention_mask[..., None]
+        return self.out(h.sum(1) / attention_mask.sum(1, keepdim=True))
+
+
+def texts(count: int) -> dict[str, Tensor]:
+    return {"input_ids": torch.randint(0, 9, (count, 5)), "attention_mask": torch.ones(count, 5, dtype=torch.long)}
+
+
+def test_fisher_merging_and_regmean_go_by_the_statistics_of_each_task_for_texts_too():
+    torch.manual_seed(0)
+    finetuned, inputs = {task: randomised(Text()) for task in "ab"}, {task: texts(70) for task in "ab"}
+    before, states = copy.deepcopy(finetuned), [model.state_dict() for model in finetuned.values()]
+    heads = {"a": nn.Identity(), "b": lambda features: features[:, :2]}
+    fishers = [fisher_information(finetuned[t], inputs[t], heads[t]) for t in "ab"]
+    same(fisher_merging(finetuned, inputs, heads), average_by(fishers, states, weigh_entries))
+    grams = [gram_matrices(finetuned[t], inputs[t]) for t in "ab"]
+    assert grams[0].keys() == {"out.weight"}
+    same(regmean(finetuned, inputs), average_by(grams, states, least_squares))
+    alone = regmean({"a": finetuned["a"]}, {"a": inputs["a"]})
+    close(alone, finetuned["a"].state_dict())
+    same(fisher_merging({"a": finetuned["a"]}, {"a": inputs["a"]}, {"a": heads["a"]}), finetuned["a"].state_dict())
+    for task in "ab":
+        same(finetuned[task].state_dict(), before[task].state_dict())
+
+
+# ---- AdaMerging and Concrete masks -----------------------------------------------------------------------------------
+
+
+def ada_merging(models: list[nn.Module], **options) -> AdaMerging:
+    return AdaMerging(models[0], vectors_of(models), **options)
+
+
+def concrete(models: list[nn.Module]) -> ConcreteMask:
+    return ConcreteMask(models[0], vectors_of(models))
+
+
+def layers(count: int, seed: int = 0) -> list[nn.Module]:
+    torch.manual_seed(seed)
+    return [
+        nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.LayerNorm(6), nn.Sequential(nn.Linear(6, 6), nn.Tanh()), Gated(6))
+        for _ in range(count)
+    ]
+
+
+def with_entries(model: nn.Module, entries: dict[str, Tensor]) -> nn.Module:
+    model = copy.deepcopy(model)
+    model.load_state_dict({**model.state_dict(), **entries})
+    return model
+
+
+@properties
+@given(st.booleans(), task_numbers, st.floats(0, 1), seeds)
+def test_adamerging_starts_as_task_arithmetic_and_its_merge_is_what_it_computes(layer_wise, tasks, lam, seed):
+    torch.manual_seed(seed)
+    models = [nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)) for _ in range(tasks + 1)]
+    for model in models:
+        model(torch.randn(8, 3))  # running means: task vectors have them too
+        model.eval()
+    vectors, x = vectors_of(models), torch.randn(5, 3)
+    model = AdaMerging(models[0], dict(enumerate(vectors)), layer_wise=layer_wise, init_lambda=lam)
+    assert model.lam.shape == (8 if layer_wise else 1, tasks)
+    expected = task_arithmetic(models[0], vectors, lam)
+    assert expected.keys() - model.merged().keys() == {"1.num_batches_tracked"}
+    close({**expected, **model.merged()}, expected)
+    model.lam.data.uniform_()
+    for m in (model, copy.deepcopy(model)):
+        close(m(x), with_entries(models[0], m.merged())(x))
+    y = model.train()(x)  # statistics of the batch; the running ones of the model's own are left alone
+    close(y, with_entries(models[0], model.merged()).train()(x))
+    close(model.eval()(x), with_entries(models[0], model.merged())(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_lambda_is_clamped_to_the_unit_interval_in_use(training):
+    models, x = layers(3), torch.randn(5, 4)
+    model = ada_merging(models).train(training)
+    model.lam.data.uniform_(-2, 3)
+    inside = ada_merging(models).train(training)
+    inside.lam.data.copy_(model.lam.data.clamp(0, 1))
+    same(model(x), inside(x))
+    same(model.merged(), inside.merged())
+    model(x).square().sum().backward()
+    outside = (model.lam < 0) | (model.lam > 1)
+    assert outside.any() and not model.lam.grad[outside].any() and model.lam.grad[~outside].all()
+
+
+@properties
+@given(task_numbers, seeds)
+def test_taskwise_adamerging_is_a_constant_router_for_the_whole_model(tasks, seed):
+    torch.manual_seed(seed)
+    models, x = [randomised(Transformer(), 0.3) for _ in range(tasks + 1)], torch.randn(2, 4, 3)
+    merging = ada_merging(models, layer_wise=False)
+    mixture = upscale(models[0], models[1:], router_depth=0, modules=whole)
+    merging.lam.data.uniform_()
+    mixture.router.bias.data.copy_(merging.lam[0])
+    (y, dx, dlam), theirs = (output_and_gradients(model, x) for model in (merging, mixture))
+    for ours, other in zip((y, dx, dlam[0]), theirs, strict=True):
+        close(ours, other, atol=1e-3)
+
+
+@properties
+@given(task_numbers, seeds)
+def test_constant_routers_are_layerwise_adamerging_where_a_module_has_one_lambda(tasks, seed):
+    models = layers(tasks + 1, seed)
+    merging, mixture = ada_merging(models), upscale(models[0], models[1:], router_depth=0, modules=leaves)
+    rows = [(0, 1), (2, 3), (4, 5), (6,), (7,), (8,)]  # the places of each module's parameters among all
+    routers = [module.router for module in mixture.modules() if isinstance(module, WEMoE)]
+    for router, places in zip(routers, rows, strict=True):
+        router.bias.data.uniform_()
+        merging.lam.data[list(places)] = router.bias.data
+    x = torch.linspace(-1, 1, 24).view(3, 2, 4)
+    (y, dx, dlam), (expected, dx_, *dbias) = (output_and_gradients(model, x) for model in (merging, mixture))
+    close(y, expected, atol=1e-4)
+    close(dx, dx_, atol=1e-3)
+    for places, gradient in zip(rows, dbias):
+        close(dlam[list(places)].sum(0), gradient, atol=1e-3)
+
+
+class Normed(nn.Module):
+    """Batch normalisation, tied weights, a shared submodule, a frozen, an unused and an adapted parameter."""
+
+    def __init__(self, size: int = 4):
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(size, size), nn.Linear(size, size), nn.BatchNorm1d(size)
+        self.down.weight = self.up.weight
+        self.again = self.up
+        self.first, self.second = nn.Parameter(torch.zeros(size, 2)), nn.Parameter(torch.zeros(2, size))
+        self.unused = nn.Parameter(torch.zeros(3))
+        self.up.bias.requires_grad_(False)
+        self.register_buffer("position_ids", torch.arange(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, self.position_ids]
+        return self.down(self.again(self.norm(self.up(x)))) + x @ self.first @ self.second
+
+
+@pytest.mark.parametrize("merging", [ada_merging, concrete])
+@pytest.mark.parametrize("training", [True, False])
+def test_tied_shared_frozen_and_unused_parameters_and_batch_norm(training, merging):
+    torch.manual_seed(0)
+    models = [randomised(Normed()) for _ in range(3)]
+    for model in models:
+        model.norm.running_var.uniform_(0.5, 2), model.norm.running_mean.normal_()
+    x, model = torch.randn(5, 4), merging(models).train(training)
+    if merging is ada_merging:
+        assert model.lam.shape == (10, 2)  # 8 parameters and 2 buffers: one λ for what is tied or shared
+    before = copy.deepcopy(model.state_dict())
+    model(x).square().sum().backward()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
+    assert gradients and all(g.isfinite().all() for g in gradients) and any(g.any() for g in gradients)
+    with torch.no_grad():
+        merged = model.merged()
+        same(merged["up.weight"], merged["down.weight"])
+        same(merged["up.weight"], merged["again.weight"])
+        close(model(x), with_entries(models[0], merged).train(training)(x))
+    if not training:
+        same(model.state_dict(), before)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, kind: bool | None):
+        super().__init__()
+        self.first, self.second, self.kind = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), kind
+        self.second[0].weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.second(x) if self.kind is None else checkpoint(self.second, x, use_reentrant=self.kind)
+
+
+@pytest.mark.parametrize("merging", [ada_merging, concrete])
+@pytest.mark.parametrize("kind", [True, False])
+def test_checkpoints_in_the_model_change_no_gradient(kind, merging):
+    torch.manual_seed(0)
+    models, x = [randomised(Checkpointed(None)).eval() for _ in range(3)], torch.randn(5, 4)
+    results = []
+    for models[0].kind in (None, kind):
+        model = merging(models)
+        torch.manual_seed(1)  # of the mask
+        y = model(x)
+        y.square().sum().backward()
+        results.append([y, *(p.grad for p in model.parameters() if p.requires_grad and p.grad is not None)])
+    assert len(results[0]) > 1 and all(g.any() for g in results[0])
+    close(*results, atol=1e-4)
+
+
+@pytest.mark.parametrize("merging", [ada_merging, concrete])
+def test_names_in_the_state_dict_need_not_be_those_of_the_modules(merging):
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(3)]
+    wrapped = [nn.Sequential(checkpoint_wrapper(copy.deepcopy(m[0])), copy.deepcopy(m[1])) for m in models]
+    plain, model, x = merging(models), merging(wrapped), torch.randn(5, 4)
+    results = []
+    for each in (plain, model):
+        torch.manual_seed(1)
+        results.append(output_and_gradients(each, x))
+    close(*results)
+    with torch.no_grad():
+        same(model.merged(), plain.merged())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.GRU(4, 4, batch_first=True),
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))),
+        lambda: nn.Conv1d(5, 2, 1),
+        lambda: nn.TransformerEncoderLayer(4, 2, 6, batch_first=True),
+    ],
+)
+def test_any_module_is_merged_whichever_way_it_reads_its_weights(make):
+    torch.manual_seed(0)
+    models, x = [randomised(make()).eval() for _ in range(3)], torch.randn(3, 5, 4)
+    before = models[0](x)
+    model = ada_merging(models)
+    same(models[0](x), before)
+    model.lam.data.uniform_()
+    expected = with_entries(models[0], model.merged())
+    with torch.no_grad():
+        for ours, theirs in ((model(x), expected(x)), (copy.deepcopy(model)(x), expected(x))):
+            close(ours[0] if isinstance(ours, tuple) else ours, theirs[0] if isinstance(theirs, tuple) else theirs)
+
+
+@pytest.mark.parametrize("merging", [ada_merging, partial(ada_merging, layer_wise=False), concrete])
+def test_adapt_trains_lambda_or_the_mask_and_nothing_else(merging):
+    torch.manual_seed(0)
+    models = [Transformer() for _ in range(3)]
+    loaders = {task: [torch.randn(4, 3, 3) for _ in range(3)] for task in "ab"}
+    heads = {"a": nn.Linear(5, 3).requires_grad_(False), "b": lambda features: 5 * features[:, :4]}
+    model = merging(models)
+    ours = trained(model)
+    assert ({"lam"} if merging is not concrete else {"x"}) == {name.split(".")[-1] for name in ours}
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    history = adapt(model, loaders, heads, steps=30, lr=0.1)
+    assert sum(history[-3:]) < sum(history[:3])
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed and changed <= ours.keys()
+
+
+def test_a_merging_in_another_type_or_of_another_seed_takes_the_state_of_the_first():
+    models, x = layers(3), torch.randn(5, 4)
+    model = ada_merging(models)
+    model.lam.data.uniform_()
+    fresh = ada_merging(layers(3, seed=1))
+    fresh.load_state_dict(model.state_dict())
+    same(fresh(x), model(x))
+    close(copy.deepcopy(model).double()(x.double()).float(), model(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        same(model.merged(), fresh.merged())
+        assert all(p.dtype == torch.float32 for p in model.merged().values())
+        torch.testing.assert_close(model(x).float(), fresh(x).float(), atol=0.05, rtol=0.05)
+    with torch.autocast("cpu", torch.bfloat16):
+        in_half = model.merged()
+    same(in_half, model.merged())
+
+
+def test_a_concrete_mask_starts_as_task_arithmetic_and_is_drawn_anew_in_training():
+    models = layers(3)
+    model, x = concrete(models), torch.randn(5, 4)
+    merged = task_arithmetic(models[0], vectors_of(models), 0.3)
+    with torch.no_grad():
+        close(model.merged(), merged)
+        close(model(x), functional_call(models[0], merged, (x,)))
+        for name, logits in trained(model).items():
+            model.get_parameter(name).copy_(torch.randn_like(logits))
+        for mask, logits in zip(model.masks().values(), trained(model).values(), strict=True):
+            close(mask, torch.sigmoid(2 * logits) / torch.sigmoid(2 * logits).mean())
+        same(model(x), model(x))
+        masks, vectors = model.masks(), vectors_of(models)
+        masked = [{name: masks[name] * entry for name, entry in tau.items()} for tau in vectors]
+        close(model.merged(), task_arithmetic(models[0], masked, 0.3))
+    draws = [model.masks() for _ in range(2)]
+    for name in draws[0]:
+        assert not torch.equal(draws[0][name], draws[1][name])
+        for masks in draws:
+            assert masks[name].min() >= 0 and masks[name].mean().item() == pytest.approx(1)
+    assert not torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize("merging", [ada_merging, concrete])
+def test_nothing_of_what_is_merged_is_changed(merging):
+    models, x = layers(3), torch.randn(5, 4)
+    vectors = vectors_of(models)
+    before = copy.deepcopy((models[0].state_dict(), vectors))
+    model = merging(models)
+    model(x).sum().backward()
+    with torch.no_grad():
+        [p.fill_(7) for p in model.parameters()]
+    same((models[0].state_dict(), vectors), before)
+    assert all(p.requires_grad for p in models[0].parameters())
+
+
+# ---- Sparse and low-rank task vectors, E-WEMoE -----------------------------------------------------------------------
+
+LAYERS = {
+    "dense": None,
+    "sparse": partial(SparseLinear, keep=0.4),
+    "low rank": partial(LowRankLinear, rank=2),
+}
+drawn_layers = st.sampled_from(
+    [partial(SparseLinear, keep=keep) for keep in (0.05, 0.4, 1.0)] + [partial(LowRankLinear, rank=r) for r in (1, 3)]
+)
+
+
+@pytest.fixture(params=LAYERS)
+def layer(request):
+    return LAYERS[request.param]
+
+
+def linear_parts(module: nn.Module) -> dict[str, nn.Module]:
+    return {n: part for n, part in module.pretrained.named_modules() if isinstance(part, wemoe.MergedLinear)}
+
+
+def trained_to_what_is_stored(module: WEMoE, pretrained: nn.Module, finetuned: list[nn.Module]) -> list[nn.Module]:
+    """The fine-tuned models whose task vectors are exactly those that the module's linear layers have."""
+    models = copy.deepcopy(finetuned)
+    for name, part in linear_parts(module).items():
+        for model, tau in zip(models, part.tau(0)):
+            model.get_submodule(name).weight.data = pretrained.get_submodule(name).weight.data + tau
+    return models
+
+
+@properties
+@given(kinds, task_numbers, batch_sizes, axes, drawn_layers, st.tuples(*[st.sampled_from([1, 3, 99])] * 3), seeds)
+def test_every_form_is_the_dense_module_of_its_own_task_vectors(kind, tasks, batch, tokens, layer, tile, seed):
+    pretrained, finetuned = family(kind, 4, tasks, seed)
+    router, x = randomised(Router(4, tasks)), torch.randn(batch, *tokens, 4)
+    module = WEMoE(pretrained, finetuned, router, layer=layer)
+    dense = WEMoE(pretrained, trained_to_what_is_stored(module, pretrained, finetuned), router)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setitem(wemoe._TILE, "cpu", tile)
+        for ours, theirs in zip(output_and_gradients(module, x), output_and_gradients(dense, x), strict=True):
+            close(ours, theirs, atol=1e-3)
+
+
+@pytest.mark.parametrize("layer", [partial(SparseLinear, keep=1.0), *(partial(LowRankLinear, rank=r) for r in (4, 99))])
+@properties
+@given(kinds, task_numbers, seeds)
+def test_all_entries_and_the_full_rank_are_the_dense_module(layer, kind, tasks, seed):
+    pretrained, finetuned = family(kind, 4, tasks, seed)
+    router, x = randomised(Router(4, tasks)), torch.randn(3, 2, 4)
+    results = [output_and_gradients(WEMoE(pretrained, finetuned, router, layer=form), x) for form in (layer, None)]
+    for ours, theirs in zip(*results, strict=True):
+        close(ours, theirs, atol=1e-3)
+
+
+@properties
+@given(kinds, task_numbers, st.floats(0.01, 1), seeds)
+def test_the_largest_entries_of_each_matrix_and_task_are_kept(kind, tasks, keep, seed):
+    pretrained, finetuned = family(kind, 4, tasks, seed)
+    module = WEMoE(pretrained, finetuned, Router(4, tasks), layer=partial(SparseLinear, keep=keep))
+    for name, part in linear_parts(module).items():
+        for tau, model in zip(part.tau(0), finetuned):
+            expected = model.get_submodule(name).weight - pretrained.get_submodule(name).weight
+            same(tau, trim({"": expected.detach()}, keep)[""])
+
+
+@properties
+@given(kinds, task_numbers, st.integers(1, 4), seeds)
+def test_truncated_matrices_are_the_best_of_their_rank(kind, tasks, rank, seed):
+    """Eckart and Young: what is left over has the other singular values, and no matrix of the rank leaves less."""
+    pretrained, finetuned = family(kind, 4, tasks, seed)
+    module = WEMoE(pretrained, finetuned, Router(4, tasks), layer=partial(LowRankLinear, rank=rank))
+    for name, part in linear_parts(module).items():
+        for truncated, model in zip(part.tau(0), finetuned):
+            tau = model.get_submodule(name).weight - pretrained.get_submodule(name).weight
+            left = torch.linalg.svdvals(tau)[rank:]
+            close(torch.linalg.svdvals(tau - truncated)[: len(left)], left, atol=1e-4)
+            assert torch.linalg.matrix_rank(truncated, rtol=1e-4) <= rank
+
+
+@pytest.mark.parametrize("kind", ["plain", "normed", "gated"])
+def test_gradients_of_every_form_against_finite_differences(layer, kind):
+    module = WEMoE(*family(kind, 4, 2, 0), Fixed(torch.zeros(3, 2)), layer=layer).double()
+    x, lam = torch.randn(3, 2, 4).double().requires_grad_(), torch.randn(3, 2).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, lam: functional_call(module, {"router.lam": lam}, (x,)), (x, lam))
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_low_rank_factors_are_never_multiplied_in_a_forward_pass(depth, batch, monkeypatch):
+    pretrained, finetuned = family("plain", 4, 3, 0)
+    x, options = torch.randn(batch, 5, 4), dict(modules=whole, router_depth=depth)
+    model = upscale(pretrained, finetuned, layer=partial(LowRankLinear, rank=99), **options)
+    dense = upscale(pretrained, finetuned, **options)
+    dense.router.load_state_dict(randomised(model.router).state_dict())
+    expected = output_and_gradients(dense, x)
+    unloaded = wemoe.unload(model)(x) if depth == 0 else expected[0]
+
+    def multiplied(self, i: int) -> Tensor:
+        assert i == 1, "the factors of the matrix were multiplied"
+        return wemoe.MergedLayer.tau(self, i)
+
+    monkeypatch.setattr(LowRankLinear, "tau", multiplied)
+    close(output_and_gradients(model, x), expected, atol=1e-4)
+    close(unloaded, expected[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_sparse_and_low_rank_forms_really_take_less_memory(tasks):
+    models = [nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 32)) for _ in range(tasks + 1)]
+    matrices, vectors = 64 * 128 + 128 * 32, 128 + 32
+
+    def size(layer=None) -> int:
+        module = WEMoE(models[0], models[1:], Fixed(torch.zeros(tasks)), layer=layer)
+        tensors = [*module.parameters(), *module.buffers()]
+        total = sum(t.nbytes for t in tensors)
+        assert sum(t.untyped_storage().nbytes() for t in tensors) == total  # none is a part of a larger one
+        return total - sum(p.nbytes for p in models[0].parameters()) - 4 * tasks
+
+    assert size() == 4 * tasks * (matrices + vectors)
+    sparse = 4 * tasks * (0.1 * 2 * matrices + vectors)  # a place, of 32 bits, for every value
+    assert size(partial(SparseLinear, keep=0.1)) == pytest.approx(sparse, rel=0.01)
+    low_rank = 4 * tasks * (3 * (64 + 128 + 128 + 32) + vectors)
+    assert size(partial(LowRankLinear, rank=3)) == low_rank
+
+
+def test_copies_and_saved_modules_are_equal(layer):
+    module, x = WEMoE(*family("plain", 8, 3, 0), randomised(Router(8, 3), 0.2), layer=layer), torch.randn(4, 5, 8)
+    module(x)  # a copy after a forward pass must work, too
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    fresh = WEMoE(*family("plain", 8, 3, 1), Router(8, 3), layer=layer)
+    fresh.load_state_dict(module.state_dict())
+    for other in (copy.deepcopy(module), torch.load(file, weights_only=False), fresh):
+        same(other(x), module(x))
+        assert trained(other).keys() == trained(module).keys() == {f"router.{n}" for n in trained(module.router)}
+
+
+@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-5), (torch.bfloat16, 0.1), (torch.float16, 0.02)])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_other_types(layer, dtype, atol, batch):
+    module, x = WEMoE(*family("plain", 8, 3, 0), randomised(Router(8, 3), 0.2), layer=layer), torch.randn(batch, 5, 8)
+    converted = copy.deepcopy(module).to(dtype)
+    y = converted(x.to(dtype))
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), module(x), atol=atol, rtol=0.05)
+    y.float().square().mean().backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in converted.router.parameters())
+
+
+@pytest.mark.parametrize("kind", ["plain", "normed", "gated"])
+def test_bfloat16_autocast_gives_the_type_of_a_dense_module_and_nearly_the_same(kind, layer):
+    pretrained, finetuned = family(kind, 8, 2, 0)
+    module = WEMoE(pretrained, finetuned, Fixed(torch.eye(2)[:1].repeat(4, 1)), layer=layer)
+    x = torch.randn(4, 5, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, dense = module(x), finetuned[0](x)
+        loss = y.float().square().mean()
+    assert y.dtype == dense.dtype
+    torch.testing.assert_close(y.float(), module(x), atol=0.1, rtol=0.05)
+    loss.backward()
+    (reference,) = torch.autograd.grad(module(x).square().mean(), module.router.lam)
+    torch.testing.assert_close(module.router.lam.grad, reference, atol=0.05, rtol=0.1)
+
+
+def test_an_empty_batch_and_one_row_for_all_samples():
+    module = WEMoE(*family("linear", 4, 2, 0), randomised(Router(4, 2)), layer=LAYERS["low rank"])
+    assert module(torch.zeros(0, 3, 4)).shape == (0, 3, 5)
+    part, x, lam = module.pretrained, torch.randn(1, 3, 4), torch.randn(6, 2)
+    close(part.each(lam, x), torch.cat([part.each(row[None], x) for row in lam]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_gives_what_the_cpu_gives(layer):
+    module, x = WEMoE(*family("plain", 8, 3, 0), randomised(Router(8, 3), 0.2), layer=layer), torch.randn(4, 5, 8)
+    torch.testing.assert_close(module.cuda()(x.cuda()).cpu(), module.cpu()(x), atol=1e-4, rtol=1e-4)
+    for merging in (ada_merging, concrete):
+        models = layers(3)
+        for model in (merging(models), merging([m.cuda() for m in models])):
+            with torch.no_grad():
+                on_gpu = model.cuda()(x[0, :, :4].cuda()).cpu()
+                torch.testing.assert_close(on_gpu, model.cpu()(x[0, :, :4]), atol=1e-4, rtol=1e-4)
+
+
+def test_a_whole_transformer_with_one_router_or_many(layer):
+    """Routers with the same weights do what one shared router does; its gradient is the sum of theirs."""
+    torch.manual_seed(0)
+    pretrained, *finetuned = (randomised(Transformer(), 0.3) for _ in range(3))
+    options, x = dict(modules=r"\.(mlp|attn)$", layer=layer), torch.randn(3, 2, 3)
+    one, many = share_router(upscale(pretrained, finetuned, **options)), upscale(pretrained, finetuned, **options)
+    routed = [[m for m in model.modules() if isinstance(m, WEMoE)] for model in (one, many)]
+    router = routed[0][0].router
+    randomised(router)
+    assert len(routed[0]) == len(routed[1]) == 4 and all(module.router is router for module in routed[0])
+    assert {id(p) for p in one.parameters() if p.requires_grad} == {id(p) for p in router.parameters()}
+    for module in routed[1]:
+        module.router.load_state_dict(router.state_dict())
+    (y, _, *shared), (expected, _, *separate) = (output_and_gradients(model, x) for model in (one, many))
+    close(y, expected)
+    for i, gradient in enumerate(shared):
+        close(gradient, sum(separate[i :: len(shared)]), atol=1e-3)
+    copied = copy.deepcopy(one)
+    assert len({id(module.router) for module in copied.modules() if isinstance(module, WEMoE)}) == 1
+    fresh = share_router(upscale(pretrained, finetuned, **options))
+    fresh.load_state_dict(one.state_dict())
+    same(fresh(x), y)
+    same(copied(x), y)
+
+
+def test_the_weights_of_a_shared_router_are_those_of_each_module():
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)) for _ in range(3)]
+    model, x = share_router(upscale(models[0], models[1:], modules="0|2")), torch.randn(5, 4)
+    randomised(router := model[0].router)
+    with routing_weights(model) as weights:
+        model(x)
+    close(weights["0"], router(x))
+    close(weights["2"], router(model[1](model[0](x))))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 4 * 4 + 4 + 2 * 4 + 2  # one router's
+
+
+# ---- Twin-Merging, ensembles -----------------------------------------------------------------------------------------
+
+OWN = r"\.(norm|attn|mlp)$"  # of the Transformer above, all but the ends
+
+
+def fine_tuned_inside(tasks: int) -> tuple[nn.Module, dict[str, nn.Module], dict[str, Tensor]]:
+    """Models that differ only in their blocks, and inputs that anyone can tell apart."""
+    torch.manual_seed(0)
+    pretrained = Transformer()
+    finetuned = {str(t): copy.deepcopy(pretrained) for t in range(tasks)}
+    for model in finetuned.values():
+        randomised(model.blocks, 0.3)
+    return pretrained, finetuned, {str(t): torch.randn(8, 2, 3) + 9 * torch.eye(3)[t] for t in range(tasks)}
+
+
+def test_twin_merging_of_one_task_recovers_it():
+    pretrained, finetuned, inputs = fine_tuned_inside(1)
+    model = twin_merging(pretrained, finetuned, inputs, rank=99, steps=1, modules=OWN)
+    close(model(inputs["0"]), finetuned["0"](inputs["0"]), atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [1, 99])
+def test_twin_merging_takes_what_is_an_inputs_own_and_at_full_rank_that_is_its_expert(rank):
+    pretrained, finetuned, inputs = fine_tuned_inside(3)
+    before = copy.deepcopy([pretrained, *finetuned.values()])
+    model = twin_merging(pretrained, finetuned, inputs, rank=rank, steps=100, modules=OWN)
+    x = torch.cat(list(inputs.values()))
+    labels = torch.arange(3).repeat_interleave(8)
+    assert torch.equal(model.task_weights(x).argmax(-1), labels)
+    shared = with_entries(pretrained, task_arithmetic(pretrained, vectors_of([pretrained, *finetuned.values()]), 0.3))
+    features = F.normalize(shared(x), dim=-1) * 5**0.5
+    close(model.features(x), features)
+    with routing_weights(model) as weights:
+        y = model(x)
+    assert len(weights) == 6
+    for lam in weights.values():  # computed once
+        close(lam, model.classifier(features).softmax(-1))
+        close(lam.sum(1), torch.ones(len(x)))
+    for name, lam in {"shared": torch.zeros(1, 3), "own": torch.eye(3)[labels]}.items():
+        with model.routed_by(lam):
+            routed = model.model(x)
+        if name == "shared":
+            close(routed, shared(x), atol=1e-4)
+        elif rank == 99:
+            close(routed, torch.cat([finetuned[t](inputs[t]) for t in inputs]), atol=1e-4)
+        else:  # of the attention, too, only matrices of rank 1
+            (tau, *_) = model.model.blocks[0]["attn"].pretrained.tau_0
+            assert torch.linalg.matrix_rank(tau, rtol=1e-4) == 1
+    assert trained(model).keys() == {"classifier.weight", "classifier.bias"}
+    same(copy.deepcopy(model)(x), y)
+    same(torch.cat([model(part) for part in x.split(1)]).round(decimals=3), y.round(decimals=3))
+    for model, kept in zip([pretrained, *finetuned.values()], before):
+        same(model.state_dict(), kept.state_dict())
+    with pytest.raises(ValueError, match="routers of depth 0"):
+        wemoe.unload(twin_merging(pretrained, finetuned, inputs, steps=1, modules=OWN))
+
+
+@pytest.mark.parametrize("features", [None, lambda model, batch: model(**batch)[:, :2]])
+def test_twin_merging_of_texts_with_features_of_ones_own(features):
+    torch.manual_seed(0)
+    pretrained, *finetuned = (randomised(Text()) for _ in range(3))
+    finetuned, inputs = dict(zip("ab", finetuned)), {task: texts(4) for task in "ab"}
+    model = twin_merging(pretrained, finetuned, inputs, modules="words|out", steps=1, rank=99, features=features)
+    assert model.classifier.in_features == (3 if features is None else 2)
+    with torch.no_grad():
+        model.classifier.weight.zero_(), model.classifier.bias.copy_(torch.tensor([0.0, 1000.0]))
+    assert model(**inputs["a"]).shape == (4, 3)
+    close(model(**inputs["a"]), finetuned["b"](**inputs["a"]), atol=1e-4)
+    with pytest.raises(TypeError, match="one input, or inputs by name"):
+        model(inputs["a"]["input_ids"], attention_mask=inputs["a"]["attention_mask"])
+
+
+def test_twin_merging_finds_the_blocks_of_open_clips_towers():
+    torch.manual_seed(0)
+    towers = [open_clip.transformer.VisionTransformer(8, 4, 8, 2, 2, 2, output_dim=4).eval() for _ in range(3)]
+    inputs = {task: torch.randn(2, 3, 8, 8) for task in "ab"}
+    model = twin_merging(towers[0], dict(zip("ab", towers[1:])), inputs, steps=2)
+    with routing_weights(model) as weights, torch.no_grad():
+        assert model(inputs["a"]).shape == (2, 4)
+    assert weights.keys() == {f"model.transformer.resblocks.{i}" for i in range(2)}
+
+
+def test_an_ensemble_averages_logits_and_a_model_alone_decides_as_before():
+    torch.manual_seed(0)
+    models, x, head = [nn.Linear(4, 6) for _ in range(3)], torch.randn(50, 4), torch.randn(6, 5)
+    logits = [F.normalize(model(x), dim=-1) @ head for model in models]
+    close(Ensemble(models)(x) @ head / 3, sum(logits) / 3)
+    close(Ensemble(dict(zip("abc", models)))(x) @ head / 3, sum(logits) / 3)
+    assert torch.equal((Ensemble(models[:1])(x) @ head).argmax(-1), (models[0](x) @ head).argmax(-1))
+
+
+# ---- Degenerate task vectors, and errors -----------------------------------------------------------------------------
+
+DEGENERATE = {
+    "zero": lambda pretrained, _: copy.deepcopy(pretrained.state_dict()),
+    "constant": lambda pretrained, _: {name: p + 0.5 for name, p in pretrained.state_dict().items()},
+    "identical": lambda _, finetuned: finetuned.state_dict(),
+    "tiny": lambda pretrained, _: {name: p * (1 + 1e-30) + 1e-42 for name, p in pretrained.state_dict().items()},
+    "ill-conditioned": lambda pretrained, _: {
+        n: p + torch.logspace(-37, 6, p.numel()).view_as(p) for n, p in pretrained.state_dict().items()
+    },
+}
+
+
+@pytest.mark.parametrize("name", DEGENERATE)
+def test_degenerate_task_vectors_give_finite_models(name, layer):
+    pretrained, (one,) = family("plain", 6, 1, 0)
+    finetuned = [copy.deepcopy(one) for _ in range(3)]
+    for module in finetuned:
+        module.load_state_dict(DEGENERATE[name](pretrained, one))
+    vectors = [task_vector(pretrained, module) for module in finetuned]
+    unified, _, rescalers = emr(vectors)
+    assert all(math.isfinite(value) for value in rescalers)
+    merged = [ties(vectors), ties(vectors, merge="mean"), *trim_and_elect(vectors), unified, trim(vectors[0])]
+    for merging in (AdaMerging, ConcreteMask):
+        merged.append(merging(pretrained, vectors).merged())
+    for tau in merged:
+        assert all(p.isfinite().all() for p in tau.values())
+    if name in ("zero", "identical"):
+        close(ties(vectors, keep=1.0, merge="mean"), vectors[0])
+    module = WEMoE(pretrained, finetuned, Router(6, 3), layer=layer)
+    y = module(1e-3 * torch.randn(4, 2, 6))
+    y.sum().backward()
+    assert y.isfinite().all() and all(p.grad.isfinite().all() for p in module.router.parameters())
+
+
+LINEAR = nn.Linear(2, 2)
+
+
+def replaced() -> nn.Module:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0].forward = lambda x: x
+    return model
+
+
+def two_sizes() -> nn.Module:
+    model = nn.Sequential(Transformer(4), nn.Linear(5, 3), Transformer(6))
+    return upscale(model, [copy.deepcopy(model)], modules=r"^0\.blocks\.0\.mlp$|^2\.blocks\.0\.mlp$")
+
+
+ERRORS = {
+    "up to 1, got keep=0": lambda: trim(vector(1.0), 0),
+    "up to 1, got keep=nan": lambda: ties([vector(1.0)], math.nan),
+    "up to 1, got keep=2": lambda: trim_and_elect([vector(1.0)], 2),
+    "'sum' or 'mean', not by 'max'": lambda: ties([vector(1.0)], merge="max"),
+    "'b' is in a task vector alone": lambda: ties([vector(1.0), vector(1.0) | {"b": LINEAR.bias}]),
+    r"'w' has shape \(2,\) in a task vector, but \(1,\)": lambda: emr([vector(1.0), vector(1.0, 2.0)]),
+    "nothing to merge": lambda: ties([]),
+    "nothing to merge: at least one": lambda: AdaMerging(LINEAR, []),
+    "up to 1, got keep=1.5": lambda: WEMoE(LINEAR, [LINEAR], Router(2, 1), layer=partial(SparseLinear, keep=1.5)),
+    "up to 1, got keep=0.0": lambda: WEMoE(LINEAR, [LINEAR], Router(2, 1), layer=partial(SparseLinear, keep=0.0)),
+    "rank of at least 1, got rank=0": lambda: WEMoE(
+        LINEAR, [LINEAR], Router(2, 1), layer=partial(LowRankLinear, rank=0)
+    ),
+    r"one hidden size, found 4 \('0.blocks.0.mlp'\) and 6 \('2.blocks.0.mlp'\)": lambda: share_router(two_sizes()),
+    "one hidden size, found no routed module": lambda: share_router(nn.Linear(2, 2)),
+    "'weight' is in the pre-trained model alone": lambda: AdaMerging(LINEAR, [{"bias": LINEAR.bias}]),
+    "'down.weight'.*tied in the pre-trained model": lambda: AdaMerging(
+        Normed(), [{**task_vector(Normed(), Normed()), "down.weight": torch.ones(4, 4)}]
+    ),
+    "between 0 and 1 in AdaMerging, got init_lambda=1.5": lambda: AdaMerging(LINEAR, [], init_lambda=1.5),
+    "'0': its forward was replaced": lambda: AdaMerging(replaced(), [task_vector(replaced(), replaced())]),
+    r"models for \['a', 'b'\], but inputs or heads for \['a'\]": lambda: regmean(
+        {"a": LINEAR, "b": LINEAR}, {"a": torch.ones(1, 2)}
+    ),
+    r"models for \['a'\], but inputs or heads for \['b'\]": lambda: fisher_merging(
+        {"a": LINEAR}, {"a": torch.ones(1, 2)}, {"b": nn.Identity()}
+    ),
+    r"models for \['a'\], but inputs or heads for \[\]": lambda: twin_merging(LINEAR, {"a": LINEAR}, {}),
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_errors_name_what_is_wrong(message):
+    with pytest.raises(ValueError, match=message):
+        ERRORS[message]()
+
+
+def test_a_module_of_twin_merging_does_not_run_alone():
+    pretrained, finetuned, inputs = fine_tuned_inside(2)
+    model = twin_merging(pretrained, finetuned, inputs, steps=1, modules=OWN)
+    with pytest.raises(RuntimeError, match="in a forward pass of the whole"):
+        model.model(inputs["0"])
+
+
+def test_baselines_needs_nothing_but_torch_and_wemoe():
+    imported = {value.__name__.split(".")[0] for value in vars(baselines).values() if isinstance(value, type(math))}
+    assert imported <= {"copy", "torch", "wemoe"}

@@ -1,0 +1,1081 @@
+"""What must be true of reproduce.py: it runs from end to end, goes on after a kill, and names what is wrong.
+
+On two tasks of the miniature with hardly any training; and on the paper's suite, on a mirror in the real layout with a
+tiny CLIP in the place of ViT-B/32.
+"""
+
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import datasets
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import reproduce
+import wemoe
+from data import baselines, bench
+from data.dependencies import code_of
+from data.files import alone
+from data.miniature import render
+from data.miniature import suite as miniature
+from data.miniature.corruptions import CORRUPTIONS
+from data.paper import hub, published
+from data.paper import suite as paper_suites
+from data.paper.test_paper import (
+    TINY,
+    TINY_TEXT,
+    TINY_VISION,
+    Evil,
+    OldClasses,
+    picture,
+    randomise,
+    tiny_hugging_face,
+    tower_like,
+    write_parquet,
+    write_set,
+)
+from data.suite import Suite, Training
+
+HERE = Path(__file__).parents[1]
+NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
+torch.set_num_threads(1)  # small tensors gain nothing from more, and forks do not survive them
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny(tmp_path_factory):
+    """A small architecture that open_clip knows by name."""
+    folder = tmp_path_factory.mktemp("configs")
+    config = {"embed_dim": 48, "quick_gelu": True, "vision_cfg": TINY_VISION, "text_cfg": TINY_TEXT}
+    (folder / "tiny-quickgelu.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return randomise(open_clip.create_model(TINY.model)).eval()
+
+
+# ------------------------------------------------------------------------------------------
+# reproduce.py from end to end, on two tasks, with hardly any training
+# ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """A function that runs reproduce.py with these arguments, small, and returns exit status and results."""
+    monkeypatch.setattr(miniature, "TRAINING", TRAINING)
+    monkeypatch.setattr(miniature, "TEST_IMAGES", 24)
+
+    def run(*arguments: str, output: str = "results") -> tuple[int, dict]:
+        tasks = [] if "--tasks" in arguments else ["--tasks", "signs", "Digits"]
+        defaults = ["--steps", "2", "--workers", "1", "--output", str(tmp_path / output)]
+        status = reproduce.main([*tasks, *defaults, *arguments])
+        file = tmp_path / output / "miniature" / "results.json"
+        return status, json.loads(file.read_text()) if file.exists() else {}
+
+    return run
+
+
+TRAINING = Training(images=24, steps=2, lr=5e-4, batch_size=8)
+
+
+def without_timings(results: dict) -> dict:
+    return {**results, "methods": [{**method, "seconds": 0} for method in results["methods"]]}
+
+
+def test_results_are_those_of_the_contract(small, tmp_path, capsys):
+    status, results = small("--methods", "all")
+    assert status == (0 if all(claim["holds"] for claim in results["claims"]) else 1)
+    assert {"suite": "miniature", "seed": 0, "tasks": ["Signs", "Digits"]}.items() <= results.items()
+    assert results["device"] in ("cpu", "cuda") and results["versions"]["torch"] == torch.__version__
+    assert [method["name"] for method in results["methods"]] == reproduce.MAIN
+    for method in results["methods"]:
+        assert set(method["accuracy"]) == {"Signs", "Digits"}
+        assert method["average"] == pytest.approx(sum(method["accuracy"].values()) / 2, abs=0.011)
+    methods = {method["name"]: method for method in results["methods"]}
+    assert methods["WEMoE"]["trainable_parameters"] == 4 * (192 * 192 + 192 + 192 * 2 + 2)
+    assert methods["Individual"]["total_parameters"] == 2 * methods["Pre-trained"]["total_parameters"]
+    assert [point["scaling"] for point in methods["Task Arithmetic"]["curve"]] == [0.1, 0.2, 0.3, 0.4, 0.6, 1]
+    assert methods["Task Arithmetic"]["curve"][2]["average"] == pytest.approx(
+        methods["Task Arithmetic"]["average"], abs=0.01
+    )
+    assert {"claim", "holds", "detail"} == set(results["claims"][0])
+    folder = tmp_path / "results" / "miniature"
+    assert {f"{name}.png" for name in ("accuracy", "adaptation", "routing", "scalings", "tasks")} == {
+        f.name for f in folder.glob("*.png")
+    }
+    printed = capsys.readouterr().out
+    assert (folder / "table.md").read_text() in printed
+    assert all(claim["claim"] in printed for claim in results["claims"])
+
+
+def test_interrupted_it_goes_on_and_ends_with_the_same_results(small, monkeypatch):
+    small = partial(small, "--methods", "individual", "WEMoE", "E-WEMoE", "AdaMerging (layer-wise)")
+    _, expected = small(output="whole")
+    adapt_, calls = wemoe.adapt, []
+
+    def interrupted(*args, **options):
+        calls.append(options)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return adapt_(*args, **options)
+
+    monkeypatch.setattr(wemoe, "adapt", interrupted)
+    assert small() == (130, {})
+    render = miniature.render
+    monkeypatch.setattr(miniature, "render", lambda task, split, *rest, **options: (
+        pytest.fail("experts were there already") if split == "train" else render(task, split, *rest, **options)
+    ))  # fmt: skip
+    _, results = small()
+    assert len(calls) == 4  # of three adaptations the second was run twice
+    assert without_timings(results) == without_timings(expected)
+    assert small()[1] == results and len(calls) == 4  # everything was there already
+
+
+def test_two_workers_find_what_one_finds(small):
+    methods = ["--methods", "regmean", "AdaMerging (task-wise)", "WEMoE", "WEMoE (rank 16)", "Individual"]
+    runs = [small("--workers", workers, *methods, output=workers) for workers in "12"]
+    assert without_timings(runs[0][1]) == without_timings(runs[1][1]) and runs[0][0] == runs[1][0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers that are not forked do not see the patched entropy")
+def test_an_error_in_a_worker_is_reported_like_any_other(small, monkeypatch, capsys):
+    small("--methods", "individual")
+    monkeypatch.setattr(wemoe, "entropy", lambda logits: logits.sum(-1) * math.nan)
+    assert small("--workers", "2", "--methods", "WEMoE", "WEMoE (1-layer)")[0] == 2
+    assert "The entropy of task 'Signs' is nan at step 1 of 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "experiment, methods, conditions",
+    [
+        ("generalization", ["Pre-trained", "RegMean", "Task Arithmetic"], 2),
+        ("robustness", ["Task Arithmetic", "AdaMerging (layer-wise)"], 8),
+        ("ablation", ["WEMoE", "WEMoE (rank 4)"], 1 + 3 + 1 + 4 + 4),
+        ("collapse", ["Task Arithmetic", "WEMoE + diversity"], 2),
+    ],
+)
+def test_experiments_from_end_to_end(experiment, methods, conditions, monkeypatch, tmp_path, capsys):
+    """Every condition with every method: tables with the right tasks and averages, and figures."""
+    monkeypatch.setattr(miniature, "TRAINING", TRAINING)
+    monkeypatch.setattr(miniature, "TEST_IMAGES", 12)
+    chosen = reproduce.EXPERIMENTS[experiment]
+    monkeypatch.setitem(reproduce.EXPERIMENTS, experiment, replace(chosen, seeds=min(2, chosen.seeds)))
+    options = ["--steps", "2", "--workers", "1", "--output", str(tmp_path)]
+    tasks = ["--tasks", "signs", "digits"] if experiment == "ablation" else []
+    assert reproduce.main(["--experiment", experiment, "--methods", *methods, *options, *tasks]) in (0, 1)
+    folder = tmp_path / "miniature" / experiment
+    results = json.loads((folder / "results.json").read_text())
+    assert results["experiment"] == experiment and len(results["conditions"]) == conditions
+    table = (folder / "table.md").read_text()
+    assert table in capsys.readouterr().out and (folder / f"{experiment}.png").exists()
+    for condition in results["conditions"]:
+        for name, entries in condition["methods"].items():
+            assert len(entries) == min(2, chosen.seeds)
+            for average, tasks in condition["columns"].items():
+                values = [np.mean([entry["accuracy"][task] for task in tasks]) for entry in entries]
+                assert f"{np.mean(values):.1f}" in table and average in table, (name, tasks)
+    outcomes = [c["methods"].get(methods[-1], c["methods"].get("WEMoE"))[0] for c in results["conditions"]]
+    outcomes = [dict(outcome, name="", seconds=0) for outcome in outcomes]
+    assert any(outcome != outcomes[0] for outcome in outcomes)  # conditions make a difference
+    if experiment == "generalization":
+        assert results["conditions"][0]["columns"]["Unseen"] == ["Digits", "LandUse"]
+    if experiment == "collapse":
+        assert " ± " in table
+
+
+def test_variants_of_a_suite():
+    """Fewer experts, corrupted images of the same tasks, other settings; the suite itself stays as it is."""
+    images = {task: render(task, "test", 4, seed=1) for task in ("Signs", "Digits")}
+    whole = Suite(
+        *("name", 0, torch.device("cpu"), "float32", TRAINING, miniature.ADAPTATION, nn.Identity()),
+        heads=dict.fromkeys(images), test=images, load=miniature.images, normalise=nn.Identity(),
+        experts=dict.fromkeys(images, nn.Identity()),
+    )  # fmt: skip
+    part = whole.variant(experts=("Digits",), split="contrast", lr=0.5)
+    assert list(part.experts) == ["Digits"] and part.tasks == ["Signs", "Digits"] and part.adaptation.lr == 0.5
+    assert not torch.equal(part.test["Signs"][0][:4], images["Signs"][0])
+    assert torch.equal(part.test["Signs"][1][:4], images["Signs"][1])
+    assert list(whole.experts) == ["Signs", "Digits"] and whole.adaptation == miniature.ADAPTATION
+
+
+def entries(**accuracy: float) -> list[dict]:
+    return [{"accuracy": accuracy}]
+
+
+def verdicts(show, columns: dict[str, dict], measured: dict, monkeypatch) -> list[bool]:
+    conditions = [reproduce.Condition(name, list(measured[name]), {}, parts) for name, parts in columns.items()]
+    tasks = [task for parts in columns[conditions[0].name].values() for task in parts]
+    suite = SimpleNamespace(tasks=tasks, variant=lambda: SimpleNamespace(test={}))
+    monkeypatch.setattr(reproduce, "draw_corrupted", lambda *_: {})
+    return [claim["holds"] for claim in show(reproduce.Measured(suite, conditions, measured))[1]]
+
+
+def test_claims_about_unseen_tasks_and_collapse(monkeypatch):
+    columns = {"without C": {"Seen": ["A", "B"], "Unseen": ["C"]}}
+    measured = {"without C": {"WEMoE": entries(A=90, B=80, C=10), "RegMean": entries(A=89, B=79, C=99)}}
+    assert verdicts(reproduce.show_generalization, columns, measured, monkeypatch) == [True]
+    measured["without C"]["RegMean"] = entries(A=95, B=79, C=9)
+    assert verdicts(reproduce.show_generalization, columns, measured, monkeypatch) == [False]
+
+    columns = dict.fromkeys(("clean", "noise"), {"Average": ["A", "B"]})
+    ta, cured = "Task Arithmetic", "WEMoE + diversity"
+    base = {
+        "clean": {ta: entries(A=80, B=80), "WEMoE": entries(A=95, B=95), cured: entries(A=94, B=95.2)},
+        "noise": {ta: entries(A=50, B=50), "WEMoE": entries(A=9, B=90), cured: entries(A=70, B=80)},
+    }
+    assert verdicts(reproduce.show_collapse, columns, base, monkeypatch) == [True, True, True]
+    for condition, method, accuracy, verdict in (
+        ("noise", "WEMoE", entries(A=60, B=60), [False, True, True]),
+        ("noise", "WEMoE + diversity", entries(A=40, B=90), [True, False, True]),
+        ("clean", "WEMoE + diversity", entries(A=93, B=95), [True, True, False]),
+    ):
+        changed = {**base, condition: {**base[condition], method: accuracy}}
+        assert verdicts(reproduce.show_collapse, columns, changed, monkeypatch) == verdict
+    del base["noise"]["WEMoE"]
+    assert verdicts(reproduce.show_collapse, columns, base, monkeypatch) == []
+
+
+def test_bench_measures_ours_the_loop_and_the_dense_model(monkeypatch, tmp_path, capsys):
+    """On a tiny tower, where bounds mean nothing: what is timed is equal, everything is reported and kept."""
+    tiny_clip = hub.ARCHITECTURES["ViT-B-32"]._replace(model=TINY.model)
+    monkeypatch.setitem(hub.ARCHITECTURES, "ViT-B-32", tiny_clip)
+
+    def once(calls, device):
+        return {name: 1.0 for name, call in calls.items() if [call()]}
+
+    monkeypatch.setattr(bench, "medians", once)
+    monkeypatch.setattr(bench, "peak_bytes", lambda function, which, *rest: 1000 + which)
+    options = ["--device", "cpu", "--output", str(tmp_path)]
+    assert reproduce.main(["bench", "--tasks", "2", "--batch", "2", "3", *options]) == 1
+    results = json.loads((tmp_path / "bench" / "results.json").read_text())
+    assert len(results["rows"]) == 2 + 6 and (tmp_path / "bench" / "time.png").exists()
+    assert (results["num_tasks"], list(results["batch"]), sorted(results["tasks"])) == (2, ["2", "3"], ["2", "20"])
+    timed = [*results["batch"].values(), *results["tasks"].values()]
+    assert all(seconds.keys() == {"dense", "ours", "loop"} for seconds in timed)  # what the plot shows
+    said = capsys.readouterr().out
+    assert (said.count("ours / dense"), said.count("loop / ours")) == (4, 1)
+    for error, status in ((MemoryError, 2), (KeyboardInterrupt, 130)):
+        monkeypatch.setattr(bench, "peak_bytes", mock.Mock(side_effect=error))
+        assert reproduce.main(["bench", "--tasks", "2", "--batch", "2", *options]) == status
+        assert len(json.loads((tmp_path / "bench" / "results.json").read_text())["rows"]) == 6  # measured before
+    assert "goes on" not in capsys.readouterr().err
+    monkeypatch.setattr(bench.PerSampleLoop, "forward", lambda self, x: x + 1)
+    assert reproduce.main(["bench", *options]) == 2
+    assert "differs from the loop" in capsys.readouterr().err
+
+
+def allocate(count: int) -> tuple:
+    return (lambda: torch.ones(count).sum()), torch.device("cpu")
+
+
+def test_medians_and_peaks_are_measured():
+    calls = {"one": lambda: None, "other": lambda: None}
+    assert bench.medians(calls, torch.device("cpu"), seconds=0).keys() == calls.keys()
+    assert 2**25 < bench.peak_bytes(allocate, 2**24) < 2**28  # 2**26 bytes, and what else torch takes
+
+
+def test_the_seed_decides(small):
+    names = ["--methods", "individual", "WEMoE"]
+    runs = [without_timings(small(*names, "--seed", seed, output=folder)[1]) for seed, folder in ("1a", "1b", "2c")]
+    assert runs[0] == runs[1]
+    assert runs[0]["methods"] != runs[2]["methods"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--tasks", "Weather"], "unknown task 'Weather': choose among 'Scenes', 'Cars'"),
+        (["--methods", "TIE"], "unknown method 'TIE': choose among 'Weight Averaging', 'Task Arithmetic'"),
+        (["--experiment", "none"], "unknown experiment 'none': choose among 'main', 'generalization'"),
+        (["--experiment", "robustness", "--tasks", "Signs"], "--tasks is for the experiments main and ablation"),
+        (["--steps", "0"], "--steps 0: a number from 1 to"),
+        (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+        (["--seed", "-1"], "--seed -1: a number from 0 to"),
+        (["--workers", "0"], "--workers 0: a number from 1 to"),
+        (["ViT-B-32", "--workers", "2"], "--workers is for the miniature on a CPU; on several GPUs use torchrun"),
+        (["--device", "tpu9"], "--device tpu9: not usable here"),
+        (["ViT-Z"], "invalid choice: 'ViT-Z'"),
+        (["--bogus"], "unrecognized arguments: --bogus"),
+        (["--output", __file__], "is a file, a folder is needed"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_line(arguments, message, capsys):
+    assert reproduce.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.count("\n") == 1 and not printed.out
+
+
+def test_help_tells_the_choices(capsys):
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("miniature", "--tasks", "WEMoE (0-layer)", "Exit status"))
+
+
+def fabricated(**average: float) -> dict[str, dict]:
+    average = {"WEMoE": 86, "WEMoE (0-layer)": 86, "WEMoE (1-layer)": 86} | average
+    methods = {
+        name.replace("_", " "): {"average": value, "group": reproduce.METHODS[name.replace("_", " ")].group}
+        for name, value in average.items()
+    }
+    methods["Task Arithmetic"]["curve"] = [{"average": methods["Task Arithmetic"]["average"] + 1}]
+    methods["WEMoE"]["adaptation"] = {"entropy": [2.0] * 5 + [1.0] * 15, "accuracy": [60.0, 80.0]}
+    return methods
+
+
+def claims_of(methods: dict[str, dict]) -> list[dict]:
+    return reproduce.paper_claims(methods, {name: method["average"] for name, method in methods.items()})
+
+
+PAPER = dict(Individual=90.3, Task_Arithmetic=68.0, WEMoE=89.2)  # the published averages for ViT-B/32
+
+
+def test_claims_hold_where_the_paper_stands_and_fall_one_by_one():
+    base = {**PAPER, "Pre-trained": 48.2, "Weight Averaging": 66.5}
+    claims = claims_of(fabricated(**base))
+    assert len(claims) == 7 and all(claim["holds"] for claim in claims)
+    for change, fallen in [
+        ({"Individual": 89.5}, {0}),
+        ({"Weight Averaging": 83.0}, {1}),
+        ({"Pre-trained": 67.0}, {2}),
+        ({"Individual": 91.0, "WEMoE": 91.5}, {2}),
+        ({"Weight Averaging": 84.5}, {1, 3}),
+        ({"WEMoE": 85.0, "WEMoE (0-layer)": 84.0}, {4}),
+        ({"WEMoE (0-layer)": 87.0}, {5}),
+    ]:
+        claims = claims_of(fabricated(**{**base, **change}))
+        assert {i for i, claim in enumerate(claims) if not claim["holds"]} == fallen, change
+    methods = fabricated(**base)
+    methods["WEMoE"]["adaptation"]["accuracy"] = [60.0, 59.0]
+    assert not claims_of(methods)[-1]["holds"]
+    del methods["Individual"]
+
+
+# ------------------------------------------------------------------------------------------
+# reproduce.py on the paper's suite: a mirror in the real layout with a tiny CLIP in the place of ViT-B/32
+# ------------------------------------------------------------------------------------------
+
+SETTING_UP = f"""
+import json, sys
+from pathlib import Path
+sys.path.insert(0, {str(HERE)!r})
+import open_clip
+import reproduce
+from data.paper import hub
+open_clip.add_model_config(Path(sys.argv[1]))
+hub.ARCHITECTURES["ViT-B-32"] = hub.Architecture(*json.loads(sys.argv[2]))
+sys.exit(reproduce.main(sys.argv[3:]))
+"""
+
+
+@pytest.fixture
+def paper(monkeypatch, tmp_path, model):
+    """A function that runs `reproduce.py ViT-B-32 --hub MIRROR` and returns exit status and results."""
+    monkeypatch.setitem(hub.ARCHITECTURES, "ViT-B-32", TINY._replace(name="ViT-B-32"))
+    mirror, two = tmp_path / "hub", ["EuroSAT", "SVHN"]
+    file = mirror / TINY.repo / "open_clip_model.safetensors"
+    file.parent.mkdir(parents=True)
+    save_file(model.state_dict(), file)
+    for seed, task in enumerate(hub.TASKS):
+        file = mirror / hub.expert_repo(TINY, task) / "model.safetensors"
+        file.parent.mkdir(parents=True)
+        state = tiny_hugging_face().state_dict()
+        torch.manual_seed(seed)
+        state = {name: p + 0.05 * torch.randn_like(p) for name, p in state.items()}
+        save_file(state, file)
+        write_set(mirror, task, count=18, seed=seed)
+        monkeypatch.setitem(hub.TASKS, task, hub.TASKS[task]._replace(images=18))
+
+    def run(*arguments: str, output: str = "results", tasks=two, folder: str = "ViT-B-32") -> tuple[int, dict]:
+        status = reproduce.main(run.arguments(*arguments, output=output, tasks=tasks))
+        file = tmp_path / output / folder / "results.json"
+        return status, json.loads(file.read_text()) if file.exists() else {}
+
+    def arguments(*more: str, output: str = "results", tasks=two) -> list[str]:
+        given = [
+            "ViT-B-32",
+            "--hub",
+            str(mirror),
+            "--cache",
+            str(tmp_path / "cache"),
+            "--output",
+            str(tmp_path / output),
+        ]
+        return [*given, "--steps", "10", *(["--tasks", *tasks] if tasks else []), *more]
+
+    run.arguments, run.hub = arguments, mirror
+    return run
+
+
+def test_the_papers_suite_from_end_to_end(paper, tmp_path, capsys):
+    status, results = paper("--methods", "pre-trained", "individual", "wemoe", tasks=None)
+    assert status == 1  # random weights do not reach the published figures
+    assert results["tasks"] == list(hub.TASKS) and len(results["methods"]) == 3
+    claimed = [claim["claim"].split(" is within ")[0] for claim in results["claims"]]
+    assert claimed == [
+        "Pre-trained",
+        "Individual",
+    ]  # WEMoE was adapted in fewer steps, and in another way than the hub's
+    assert "0.5 points of the published average (hub)" in results["claims"][1]["claim"]
+    printed = capsys.readouterr().out
+    assert "GB to download and" in printed
+    rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("|")]
+    ours, theirs, difference = next(rows[i : i + 3] for i, row in enumerate(rows) if row[0].strip() == "Individual")
+    published = "75.0 78.3 95.2 99.0 97.3 98.9 99.6 79.7 90.4"  # published.json, and the mean of the cells
+    assert " ".join(cell.strip() for cell in theirs[:10]) == f"published (hub) {published}"
+    for a, b, d in zip(ours[1:10], theirs[1:10], difference[1:10]):
+        assert float(a) - float(b) == pytest.approx(float(d), abs=0.11)
+    assert (tmp_path / "results/ViT-B-32/adaptation.png").exists()
+
+
+def test_an_adaptation_goes_on_where_it_was_killed(paper, monkeypatch):
+    paper = partial(paper, "--methods", "WEMoE (0-layer)", "WEMoE (1-layer)", "WEMoE")
+    _, expected = paper(output="whole")
+    entropy_, calls = wemoe.entropy, []
+
+    def killed(logits):
+        calls.append(1)
+        if len(calls) == 30:  # in the eighth step of the first adaptation: twice for each of two tasks
+            raise KeyboardInterrupt
+        return entropy_(logits)
+
+    monkeypatch.setattr(wemoe, "entropy", killed)
+    assert paper() == (130, {})
+    _, results = paper()
+    assert len(calls) == 30 + 4 * (3 + 10 + 10)  # three steps of the first adaptation were left
+    assert without_timings(results) == without_timings(expected)
+
+
+def test_a_mask_that_was_killed_is_drawn_as_if_it_had_not_been(paper, monkeypatch):
+    """What is random in an adaptation is kept with it: here the masks of Concrete, whose steps are twice as many."""
+    paper = partial(paper, "--methods", "Concrete Task Arithmetic")
+    _, expected = paper(output="whole")
+    entropy_, calls = wemoe.entropy, []
+
+    def killed(logits):
+        calls.append(1)
+        if len(calls) == 30:  # in the eighth step: twice for each of two tasks
+            raise KeyboardInterrupt
+        return entropy_(logits)
+
+    monkeypatch.setattr(wemoe, "entropy", killed)
+    assert paper() == (130, {})
+    _, results = paper()
+    assert len(calls) == 30 + 4 * 14  # six steps of twenty were kept
+    assert without_timings(results) == without_timings(expected)
+
+
+def test_other_experiments_on_the_papers_suite(paper, tmp_path):
+    """Corrupted images are splits of the data sets, images that methods look at come from the train split."""
+    for seed, task in enumerate(hub.TASKS):
+        write_set(paper.hub, task, count=20, seed=50 + seed, split="train")
+    names = ["Task Arithmetic", "RegMean", "WEMoE"]
+    folder = "ViT-B-32/generalization"
+    options = ["--experiment", "generalization", "--methods", *names, "--steps", "1"]
+    status, results = paper(*options, tasks=None, folder=folder)
+    assert status in (0, 1) and len(results["claims"]) == 2
+    for condition, split in zip(results["conditions"], published.hub_generalization()):
+        assert condition["columns"] == {"Seen": split["seen"], "Unseen": split["unseen"]}
+        names = [row["method"] for row in condition["published"]]
+        assert names == ["Pre-trained", "Fisher Merging", "RegMean", "RegMean++", "Task Arithmetic", "TIES-Merging"]
+    assert "  published (hub)" in (tmp_path / "results" / folder / "table.md").read_text()
+
+    tasks = published.hub_robustness()["tasks"]
+    for seed, (task, corruption) in enumerate(itertools.product(tasks, CORRUPTIONS)):
+        write_set(paper.hub, task, count=6, seed=seed, split=corruption)
+    options = ["--experiment", "robustness", "--methods", "Task Arithmetic", "--limit", "4"]
+    status, results = paper(*options, tasks=None, folder="ViT-B-32-first4/robustness")
+    assert status == 0 and results["tasks"] == [task for task in hub.TASKS if task in tasks]
+    assert len(results["conditions"]) == 8
+    decoded = {tuple(file.name.split("-")[:3]) for file in (tmp_path / "cache").glob("*-first4-*.npy")}
+    assert decoded == set(itertools.product(tasks, ["test", *CORRUPTIONS], ["first4"]))
+    assert not any(condition["published"] for condition in results["conditions"])  # of four images each
+
+
+def test_two_processes_give_what_one_gives(paper, tmp_path, tiny):
+    names = ["--methods", "Individual", "WEMoE"]
+    _, one = paper(*names, output="one")
+    (tmp_path / "run.py").write_text(SETTING_UP)
+    architecture = json.dumps(TINY._replace(name="ViT-B-32"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(tmp_path / "run.py"), str(tiny), architecture]
+    command += [*paper.arguments(*names, output="two"), "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    file = tmp_path / "two" / "ViT-B-32" / "results.json"
+    assert file.exists(), done.stderr
+    two = json.loads(file.read_text())
+    for ours, theirs in zip(two["methods"], one["methods"]):
+        assert ours["accuracy"] == theirs["accuracy"]
+    curves = [results["methods"][0]["adaptation"]["entropy"] for results in (one, two)]
+    assert curves[0] == pytest.approx(curves[1], abs=1e-4)
+    files = (next((tmp_path / run).rglob("adaptation.pt")) for run in ("one", "two"))
+    routers = [torch.load(file, weights_only=True)["trained"] for file in files]
+    for name, p in routers[0].items():
+        torch.testing.assert_close(p, routers[1][name], atol=1e-4, rtol=1e-4)
+
+
+def test_limited_results_stand_apart_and_claim_nothing(paper, capsys):
+    status, results = paper("--limit", "5", "--methods", "pre-trained", folder="ViT-B-32-first5")
+    assert status == 0 and results["settings"]["limit"] == 5 and not results["claims"] and not results["published"]
+    assert "Fewer tasks or images than published" in capsys.readouterr().out
+
+
+def test_experts_of_the_authors(paper, tmp_path):
+    folder = tmp_path / "authors" / "ViT-B-32"
+    with OldClasses() as old:
+        for seed, name in enumerate(["zeroshot.pt", *(f"{task}/finetuned.pt" for task in hub.TASKS)]):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            torch.save(old.encoder(tower_like(seed)), folder / name)
+        for task, spec in hub.TASKS.items():
+            torch.save(old.head(torch.randn(len(spec.classes), 48)), folder / f"head_{task}.pt")
+    names = ["--methods", "individual", "wemoe", "wemoe (1-layer)", "--steps", "1"]
+    status, results = paper("--experts", str(folder.parent), *names, folder="ViT-B-32-experts", tasks=None)
+    assert status == 1
+    assert {row["source"] for row in results["published"]} == {"paper"}
+    assert [claim["claim"].split(" is ")[0] for claim in results["claims"]] == ["Individual"]  # one step is not 1000
+
+
+def test_experts_fine_tuned_here(paper, monkeypatch):
+    monkeypatch.setattr(paper_suites, "TRAINING", TRAINING)
+    for seed, task in enumerate(("EuroSAT", "SVHN")):
+        write_set(paper.hub, task, count=20, seed=50 + seed, split="train")
+    status, results = paper("--finetune", "--methods", "individual", folder="ViT-B-32-finetune")
+    assert status in (0, 1) and results["methods"][0]["name"] == "Individual"
+
+
+def test_a_broken_file_is_named_and_nothing_done_is_lost(paper, tmp_path, capsys):
+    paper("--methods", "pre-trained")
+    file = paper.hub / hub.expert_repo(TINY, "SVHN") / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    capsys.readouterr()
+    assert paper("--methods", "individual")[0] == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("reproduce.py: error: ") and str(file) in error
+    file.write_bytes(whole)
+    _, results = paper("--methods", "pre-trained", "individual")
+    assert [method["name"] for method in results["methods"]] == ["Pre-trained", "Individual"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--limit", "5"], "--limit is for the paper's suites"),
+        (["ViT-B-32", "--limit", "0"], "--limit 0: a number from 1"),
+        (["ViT-B-32", "--arch", "RN50"], "--arch and --pretrained need --finetune"),
+        (["ViT-B-32", "--finetune", "--experts", "x"], "choose one"),
+        (["ViT-B-32", "--finetune", "--arch", "RN5000"], "RN5000"),
+        (["ViT-B-32", "--hub", "/nowhere"], "/nowhere"),
+        (["ViT-B-32", "--precision", "int4"], "invalid choice: 'int4'"),
+    ],
+)
+def test_bad_arguments_of_the_papers_suite(arguments, message, capsys, tmp_path):
+    assert reproduce.main([*arguments, "--output", str(tmp_path), "--cache", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------
+# It does not break: bad input, hostile files, kills, numbers at their limits, and anything random
+# ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, model):
+    """A folder with a mirror of two tasks and the results of one method."""
+    root = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(hub.ARCHITECTURES, "ViT-B-32", TINY._replace(name="ViT-B-32"))
+        save_file(model.state_dict(), made(root / "hub" / TINY.repo / "open_clip_model.safetensors"))
+        for seed, task in enumerate(("EuroSAT", "SVHN")):
+            state = tiny_hugging_face().state_dict()
+            torch.manual_seed(seed)
+            state = {name: p + 0.05 * torch.randn_like(p) for name, p in state.items()}
+            save_file(state, made(weights_of(root, task)))
+            write_set(root / "hub", task, count=9, seed=seed)
+        assert reproduce.main([*run_in(root), "--methods", "pre-trained"]) in (0, 1)
+    return root
+
+
+def made(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def run_in(root: Path) -> list[str]:
+    folders = ["--hub", str(root / "hub"), "--cache", str(root / "images"), "--output", str(root / "results")]
+    return ["ViT-B-32", *folders, "--tasks", "EuroSAT", "SVHN", "--steps", "2"]
+
+
+def weights_of(root: Path, task: str = "EuroSAT") -> Path:
+    return root / "hub" / hub.expert_repo(TINY, task) / "model.safetensors"
+
+
+def pretrained_of(root: Path) -> Path:
+    return root / "hub" / TINY.repo / "open_clip_model.safetensors"
+
+
+def images_of(root: Path) -> Path:
+    return root / "hub" / hub.TASKS["SVHN"].repo / "cropped_digits" / "test-00000-of-00001.parquet"
+
+
+def replaced(where, data: bytes):
+    return lambda root: where(root).write_bytes(data)
+
+
+def cut(where, share: float):
+    return lambda root: where(root).write_bytes(where(root).read_bytes()[: int(where(root).stat().st_size * share)])
+
+
+def entry(where, change):
+    """Save the tensors again after `change` has had its way with them."""
+
+    def damage(root: Path) -> None:
+        state = load_file(where(root))
+        change(state)
+        save_file(state, where(root))
+
+    return damage
+
+
+def first_entry(function):
+    def change(state: dict) -> None:
+        name = next(name for name, p in state.items() if p.dim() == 2)
+        state[name] = function(state[name])
+
+    return change
+
+
+def pickled(thing, where=weights_of):
+    """The safetensors file gives way to what torch.save makes of `thing(root)`."""
+
+    def damage(root: Path) -> None:
+        names = {"model.safetensors": "pytorch_model.bin"}
+        where(root).unlink()
+        path = where(root).with_name(names.get(where(root).name, "open_clip_pytorch_model.bin"))
+        torch.save(thing(root), path)
+
+    return damage
+
+
+def pretrained_as_expert(root: Path) -> None:
+    state = {name.removeprefix("visual."): p for name, p in load_file(pretrained_of(root)).items() if "visual." in name}
+    names = {name: hub.hugging_face_names(name) for name in state if name != "proj"}
+    parts = {part: p for name in names for part, p in zip(names[name], state[name].chunk(len(names[name])))}
+    save_file({name: p.contiguous() for name, p in parts.items()}, weights_of(root))
+
+
+def data_set(images=None, labels=None, classes=None, **options):
+    def damage(root: Path) -> None:
+        spec, pictures = hub.TASKS["SVHN"], [picture("RGB", 40, 30, seed) for seed in range(9)]
+        changed = images(pictures) if images else pictures
+        write_parquet(images_of(root), changed, labels or [0] * len(changed), classes or spec.classes, **options)
+
+    return damage
+
+
+def at(index: int, data: bytes):
+    return lambda pictures: [*pictures[:index], data, *pictures[index + 1 :]]
+
+
+def bomb() -> bytes:
+    file = io.BytesIO()
+    Image.new("1", (20000, 20000)).save(file, "PNG")
+    return file.getvalue()
+
+
+def raising(owner, name: str, error: BaseException):
+    """Let a function fail as it does where the machine is at its limits."""
+
+    def damage(root: Path, monkeypatch) -> None:
+        def fail(*_, **__):
+            raise error
+
+        monkeypatch.setattr(owner, name, fail)
+
+    return damage
+
+
+def with_arguments(*arguments: str):
+    return lambda root: [argument.format(root=root) for argument in arguments]
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"  # noqa: E501
+LYING = (2**40).to_bytes(8, "little") + b"{}" * 50
+OUTSIDE = json.dumps({"a": {"dtype": "F32", "shape": [1000], "data_offsets": [0, 4000]}}).encode()
+DAMAGE = {
+    # Checkpoints: an expert's
+    "no weights": (lambda root: weights_of(root).rename(root / "away"), "the mirror has no files in .*eurosat"),
+    "other files only": (
+        lambda root: weights_of(root).rename(weights_of(root).with_name("model.onnx")),
+        "has no model.safetensors or pytorch_model.bin; it has: model.onnx",
+    ),
+    "no mirror": (with_arguments("--hub", "{root}/nowhere"), "the mirror has no files in .*nowhere"),
+    "empty": (replaced(weights_of, b""), "model.safetensors is empty: download it again"),
+    "zeros": (replaced(weights_of, bytes(5000)), "nothing but zeros: download it again"),
+    "truncated": (cut(weights_of, 0.7), "model.safetensors is not a readable weight file"),
+    "header cut": (replaced(weights_of, b"\1\0"), "model.safetensors is not a readable weight file"),
+    "web page": (replaced(weights_of, b"\n<!DOCTYPE html><p>404 Not Found"), "is a web page, not the file itself"),
+    "git-LFS pointer": (replaced(weights_of, LFS), "is a git-LFS pointer, not the file itself: `git lfs pull` gets it"),
+    "lying header": (replaced(weights_of, LYING), "model.safetensors is not a readable weight file"),
+    "offsets outside": (
+        replaced(weights_of, len(OUTSIDE).to_bytes(8, "little") + OUTSIDE + bytes(40)),
+        "model.safetensors is not a readable weight file",
+    ),
+    "other architecture": (entry(weights_of, first_entry(lambda p: torch.cat([p, p]))), "has the shape .* needs"),
+    "entry too many": (entry(weights_of, lambda s: s.update(more=torch.ones(1))), "does not know: more"),
+    "entry too few": (entry(weights_of, lambda s: s.pop(sorted(s)[0])), "model.safetensors lacks "),
+    "NaN": (entry(weights_of, first_entry(lambda p: p * math.nan)), "values that are not finite"),
+    "infinite": (entry(weights_of, first_entry(lambda p: p / 0)), "values that are not finite"),
+    "integers": (entry(weights_of, first_entry(lambda p: p.to(torch.int8))), "has the dtype torch.int8; floating"),
+    "pickle with code": (pickled(lambda root: Evil(root / "marker")), "never run, and model.safetensors is the safe"),
+    "pickled list": (pickled(lambda root: [torch.ones(2)]), "should hold tensors by name"),
+    "pickled web page": (
+        lambda root: weights_of(root).rename(weights_of(root).with_name("pytorch_model.bin")).write_bytes(b"<html>"),
+        "pytorch_model.bin is a web page",
+    ),
+    "same file twice": (
+        lambda root: shutil.copy(weights_of(root, "SVHN"), weights_of(root)),
+        "the expert of (SVHN|EuroSAT) is that of (SVHN|EuroSAT) once more",
+    ),
+    "pre-trained as expert": (pretrained_as_expert, "the expert of EuroSAT is the pre-trained model itself"),
+    # Checkpoints: the pre-trained one
+    "pre-trained absent": (lambda root: pretrained_of(root).unlink(), "the mirror has no files in .*tiny.openai"),
+    "pre-trained empty": (replaced(pretrained_of, b""), "is empty: download it again"),
+    "pre-trained pointer": (replaced(pretrained_of, LFS), "is a git-LFS pointer"),
+    "pre-trained truncated": (cut(pretrained_of, 0.5), "cannot load the weights of tiny-quickgelu from"),
+    "pre-trained other": (
+        entry(pretrained_of, lambda s: s.update({"visual.proj": torch.ones(64, 9)})),
+        "cannot load the weights of tiny-quickgelu from",
+    ),
+    "pre-trained NaN": (entry(pretrained_of, lambda s: s["visual.proj"].mul_(math.nan)), "not finite"),
+    "pre-trained with code": (pickled(lambda root: Evil(root / "marker"), pretrained_of), "cannot load the weights"),
+    # Data sets
+    "no test split": (
+        lambda root: images_of(root).rename(images_of(root).with_name("train-00000-of-00001.parquet")),
+        "has no split 'test' in parquet files; it has: train",
+    ),
+    "no images": (data_set(lambda _: []), "SVHN, split test of .* has no images"),
+    "no data set": (lambda root: images_of(root).unlink(), "the mirror has no files in .*svhn"),
+    "data truncated": (cut(images_of, 0.5), "a parquet file cannot be read"),
+    "data a web page": (replaced(images_of, b"<html>Too many requests</html>"), "a parquet file cannot be read"),
+    "no image column": (data_set(image="picture"), "has no column image; it has: label, picture"),
+    "corrupt JPEG": (data_set(at(4, b"\xff\xd8\xff\xe0 no more")), "image 4 cannot be decoded"),
+    "no bytes": (data_set(at(8, b"")), "image 8 cannot be decoded"),
+    "huge image": (data_set(at(2, bomb())), "image 2 cannot be decoded: Image size .* exceeds limit"),
+    "label out of range": (
+        data_set(labels=[0] * 8 + [10], dtype=datasets.Value("int64")),
+        "image 8 has the label 10; 0 to 9 are known",
+    ),
+    "other classes": (data_set(classes=list("abc")), r"has 3 classes \(a, b, c\), but tasks.json 10"),
+    # Arguments
+    "unknown task": (with_arguments("--tasks", "Weather"), "unknown task 'Weather': choose among 'SUN397'"),
+    "unknown method": (with_arguments("--methods", "TIE"), "unknown method 'TIE': choose among"),
+    "unknown experiment": (with_arguments("--experiment", "x"), "unknown experiment 'x': choose among 'main'"),
+    "unknown device": (with_arguments("--device", "tpu9"), "--device tpu9: not usable here .*'cpu' always is"),
+    "meta device": (with_arguments("--device", "meta"), "--device meta: not usable here"),
+    "empty device": (with_arguments("--device", ""), "--device : not usable here"),
+    "zero steps": (with_arguments("--steps", "0"), "--steps 0: a number from 1 to"),
+    "negative steps": (with_arguments("--steps", "-5"), "--steps -5: a number from 1 to"),
+    "NaN steps": (with_arguments("--steps", "nan"), "--steps: invalid int value: 'nan'"),
+    "huge steps": (with_arguments("--steps", "1" + "0" * 30), "--steps 10+: a number from 1 to 2147483647"),
+    "negative seed": (with_arguments("--seed", "-1"), "--seed -1: a number from 0 to"),
+    "zero limit": (with_arguments("--limit", "0"), "--limit 0: a number from 1 to"),
+    "output a file": (with_arguments("--output", __file__), "test_experiments.py: is a file, a folder is needed"),
+    "output in a file": (with_arguments("--output", __file__ + "/x"), "Not a directory.*test_experiments.py/x"),
+    "images in a file": (with_arguments("--cache", __file__ + "/x"), "Not a directory.*test_experiments.py"),
+    # The machine, and numbers
+    "output not writable": (
+        raising(Path, "mkdir", PermissionError(13, "Permission denied", "results")),
+        "Permission denied: 'results'",
+    ),
+    "disk full": (
+        raising(os, "fsync", OSError(28, "No space left on device")),
+        "cannot write .*No space left on device.*the same command goes on",
+    ),
+    "disk full, images": (
+        lambda root, monkeypatch: (
+            shutil.rmtree(root / "images") or raising(os, "fsync", OSError(28, "No space left"))(root, monkeypatch)
+        ),
+        "cannot write .*head-EuroSAT.*No space left.*--cache",
+    ),
+    "disk full, torch": (
+        raising(torch, "save", RuntimeError("PytorchStreamWriter failed writing file data/0")),
+        "cannot write .*failed writing file.*free some space",
+    ),
+    "GPU out of memory": (
+        raising(reproduce, "evaluate", torch.OutOfMemoryError("Tried to allocate 2.00 GiB")),
+        "out of memory; what is finished is kept.*--adapt-precision bfloat16.*Tried to allocate",
+    ),
+    "out of memory": (raising(reproduce, "evaluate", MemoryError()), "out of memory; what is finished is kept"),
+    "no convergence": (
+        raising(torch.linalg, "svd", torch.linalg.LinAlgError("svd: did not converge")),
+        "a decomposition failed .*did not converge.*--methods leaves out",
+    ),
+    "no memory on a CPU": (
+        raising(reproduce, "evaluate", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 TB")),
+        "out of memory; what is finished is kept.*you tried 1 TB",
+    ),
+    "worker killed": (
+        raising(reproduce, "evaluate", BrokenProcessPool("A process was terminated abruptly")),
+        "a worker was killed, perhaps for want of memory; the same command goes on",
+    ),
+    "entropy NaN": (
+        lambda root, monkeypatch: monkeypatch.setattr(wemoe, "entropy", lambda logits: logits.sum(-1) * math.nan),
+        "The entropy of task 'EuroSAT' is nan at step 1 of 2",
+    ),
+}
+if not torch.cuda.is_available():
+    DAMAGE["no GPU"] = with_arguments("--device", "cuda"), "--device cuda: not usable here"
+
+
+def kept_file(pattern: str, data: bytes = b"{"):
+    """A file that a run has kept is damaged afterwards."""
+
+    def damage(root: Path) -> None:
+        paths = [path for path in root.rglob("*") if re.search(pattern, str(path))]
+        assert paths, pattern
+        for path in paths:
+            path.write_bytes(data)
+
+    return damage
+
+
+DAMAGE |= {
+    "kept head": (
+        kept_file(r"images/.*EuroSAT.*\.safetensors"),
+        "is damaged .*: delete it, and the same command makes",
+    ),
+    "kept images": (kept_file(r"images/SVHN-test-.*\.npy$"), "is damaged .*: delete it, and the same command makes it"),
+    "kept result": (
+        lambda root: kept_file(r"cache/pre-trained-.*/result.json", b"{")(root) or ["--methods", "pre-trained"],
+        "result.json is damaged .*: delete it, and the same command makes it again",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_bad_input_is_one_sentence_and_nothing_finished_is_lost(name, finished, tmp_path, monkeypatch, capfd):
+    damage, sentence = DAMAGE[name]
+    monkeypatch.setitem(hub.ARCHITECTURES, "ViT-B-32", TINY._replace(name="ViT-B-32"))
+    root = tmp_path / "here"
+    shutil.copytree(finished, root)
+    given = damage(root, monkeypatch) if damage.__code__.co_argcount == 2 else damage(root)
+    kept = {path: path.read_bytes() for path in (root / "results").rglob("*") if path.suffix in (".json", ".md")}
+    assert len(kept) == 3
+    more = given if isinstance(given, list) else []
+    capfd.readouterr()
+    methods = [] if "--experiment" in more else ["--methods", "individual", "WEMoE (rank 16)"]
+    assert reproduce.main([*run_in(root), *methods, *more]) == 2
+    printed = capfd.readouterr().err
+    (line,) = [line for line in printed.splitlines() if "error" in line.lower()]
+    assert re.match(f"reproduce.py: error: .*{sentence}", line), line
+    assert "Traceback" not in printed and printed.splitlines()[-1] == line
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert not (root / "marker").exists() and not list(root.rglob("*.part"))
+
+
+def test_unusual_input_that_is_right_is_accepted(finished, tmp_path, monkeypatch):
+    """Half-precision weights, images of one pixel, and fewer of them than a batch has."""
+    monkeypatch.setitem(hub.ARCHITECTURES, "ViT-B-32", TINY._replace(name="ViT-B-32"))
+    root = tmp_path / "here"
+    shutil.copytree(finished, root)
+    save_file({name: p.half() for name, p in load_file(weights_of(root)).items()}, weights_of(root))
+    data_set(lambda pictures: [picture("RGB", 1, 1, 0), picture("L", 1, 300, 0), *pictures[:1]])(root)
+    assert reproduce.main([*run_in(root), "--methods", "individual", "WEMoE", "WEMoE (rank 16)"]) == 0
+    results = json.loads((root / "results/ViT-B-32/results.json").read_text())
+    assert all(math.isfinite(value) for method in results["methods"] for value in method["accuracy"].values())
+
+
+def test_a_run_leaves_a_folder_to_the_run_that_has_it(small, tmp_path, capsys):
+    (tmp_path / "results/miniature").mkdir(parents=True)
+    with alone(tmp_path / "results/miniature"):
+        assert small("--methods", "pre-trained")[0] == 2
+    assert "another run is writing into" in capsys.readouterr().err
+    assert small("--methods", "pre-trained")[1]
+
+
+forked = pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has loaded everything already")
+
+
+def in_fork(function, *arguments) -> int:
+    """The process number of a fork that runs a function, quietly, in a process group of its own."""
+    if pid := os.fork():
+        return pid
+    try:
+        os.setsid()
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1), os.dup2(quiet, 2)
+        os._exit(function(*arguments))
+    finally:
+        os._exit(99)
+
+
+def counting(fatal: int, log: Path, run) -> int:
+    """Run, noting what happens: images rendered, steps taken, files half and wholly written. Dies at one of these."""
+    events = []
+
+    def tick(event: str) -> None:
+        events.append(event)
+        if len(events) == fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def ticking(owner, name: str, half=None) -> None:
+        original = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            if half:
+                half(original, *args, **kwargs)
+                tick(f"half of {name}")
+            result = original(*args, **kwargs)
+            tick(f"{owner.__name__}.{name}")
+            return result
+
+        setattr(owner, name, wrapped)
+
+    ticking(miniature, "render")
+    ticking(torch.optim.AdamW, "step")
+    ticking(torch.optim.Adam, "step")
+    ticking(Path, "write_text", half=lambda write, path, text: write(path, text[: len(text) // 2]))
+    ticking(torch, "save", half=lambda _, state, path: path.write_bytes(b"PK"))
+    ticking(os, "fsync")
+    ticking(Path, "replace")
+    status = run()
+    log.write_bytes(json.dumps(events).encode())
+    return status
+
+
+@forked
+def test_killed_anywhere_and_started_again_it_ends_with_the_same_results(small, tmp_path, monkeypatch):
+    """Killed as it renders, fine-tunes, adapts, draws masks, and writes: before, in the middle of it, and after."""
+    run = partial(small, "--methods", "individual", "WEMoE", "Concrete Task Arithmetic", "--steps", "3")
+    silent = replace(reproduce.EXPERIMENTS["main"], show=lambda measured: ({}, []))  # figures take half of the time
+    monkeypatch.setitem(reproduce.EXPERIMENTS, "main", silent)
+    wait = lambda pid: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])  # noqa: E731
+    status = wait(in_fork(counting, 0, tmp_path / "log", lambda: run(output="whole")[0]))
+    events, random = json.loads((tmp_path / "log").read_text()), np.random.default_rng(0)
+    expected = without_timings(json.loads((tmp_path / "whole/miniature/results.json").read_text()))
+    kinds = sorted(set(events))
+    assert status in (0, 1) and len(kinds) == 9
+    for kind in kinds:
+        moments = [moment for moment, event in enumerate(events, 1) if event == kind]
+        for fatal in random.permutation(moments)[: 10 if NIGHTLY else 2 if kind.startswith("half") else 1].tolist():
+            here = partial(run, output=f"killed{fatal}")
+            assert wait(in_fork(counting, fatal, tmp_path / "log", lambda here=here: here()[0])) == -signal.SIGKILL
+            again, results = here()
+            assert again == status and without_timings(results) == expected, (kind, fatal)
+            assert not list((tmp_path / f"killed{fatal}").rglob("*.part"))
+
+
+@forked
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_ends_a_run_and_its_workers(number, small, tmp_path):
+    pid = in_fork(lambda: small("--methods", "WEMoE", "E-WEMoE", "--steps", "9999", "--workers", "2")[0])
+    adapting = tmp_path / "results/miniature/cache"
+    wait_until(lambda: any(adapting.glob("*wemoe*")))
+    os.kill(pid, number)
+    ended = []
+    wait_until(lambda: ended.append(os.waitpid(pid, os.WNOHANG)) or ended[-1][0])
+    assert os.waitstatus_to_exitcode(ended[-1][1]) == (-9 if number == signal.SIGKILL else 130)
+    wait_until(lambda: not group_exists(pid))
+    assert small("--methods", "pre-trained")[0] in (0, 1)  # the folder is free again
+
+
+def wait_until(condition) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.1)
+    pytest.fail("waited for a minute")
+
+
+def group_exists(pid: int) -> bool:
+    try:
+        os.killpg(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_signal_while_libraries_load_ends_it_without_a_traceback():
+    process = subprocess.Popen([sys.executable, HERE / "reproduce.py"], stderr=subprocess.PIPE, text=True)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130 or os.name == "nt"
+    assert "interrupted" in (error := process.stderr.read()) and "Traceback" not in error
+
+
+def test_deterministic_algorithms_raise_nothing_and_change_nothing(small):
+    methods = ["--methods", "individual", "WEMoE", "WEMoE (rank 16)", "E-WEMoE", "AdaMerging (task-wise)"]
+    _, expected = small(*methods, output="usual")
+    torch.use_deterministic_algorithms(True)
+    try:
+        _, results = small(*methods, output="deterministic")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert without_timings(results) == without_timings(expected)
+
+
+# ------------------------------------------------------------------------------------------
+# README, and what kept results depend on
+# ------------------------------------------------------------------------------------------
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_examples_in_readme_run_as_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the examples may write
+    assert (examples := code_blocks("python"))
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), {})
+
+
+def test_a_terminal_without_a_tick_gets_something_else(tmp_path):
+    say = "import io, sys, reproduce; reproduce.run = lambda _: print('\u2713') or True; sys.exit(reproduce.main([]))"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(HERE)}
+    done = subprocess.run([sys.executable, "-c", say], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "?\n"), done.stderr
+
+
+def test_a_result_is_kept_until_the_code_of_its_own_method_changes(monkeypatch):
+    names = ("Fisher Merging", "RegMean", "WEMoE", "E-WEMoE", "Task Arithmetic")
+
+    def keys() -> dict[str, str]:
+        return {name: code_of(reproduce.METHODS[name].make) for name in names}
+
+    def changed(change) -> set[str]:
+        with monkeypatch.context() as patch:
+            change(patch)
+            return {name for name, key in keys().items() if key != before[name]}
+
+    before = keys()
+    assert keys() == before and len(set(before.values())) == len(names)
+    assert changed(lambda p: p.setattr(baselines, "weigh_entries", lambda a, b: a)) == {"Fisher Merging"}
+    assert changed(lambda p: p.setattr(baselines, "least_squares", lambda a, b, alpha=1: a[0])) == {"RegMean"}
+    assert changed(lambda p: p.setattr(wemoe.Router, "forward", lambda self, h: h)) >= {"WEMoE", "E-WEMoE"}
+    assert changed(lambda p: p.setattr(reproduce.mixture, "__doc__", "Another help text.")) == set()
