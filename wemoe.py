@@ -167,6 +167,7 @@ class WEMoE(nn.Module):
         for module, used in copies.items():
             if not isinstance(module, MergedLayer):  # what it has kept of this pass, as modules may do
                 vars(module).update({k: v for k, v in vars(used).items() if k not in _OF_ONE_PASS})
+                module._buffers.update(used._buffers)
             elif not used.ran:
                 raise RuntimeError(
                     f"A {type(module.layer).__name__} did not run in a routed {type(self.pretrained).__name__}: its "
@@ -217,7 +218,13 @@ class MergedLayer(nn.Module):
         return merged
 
     def run(self, lam: Tensor, *args, **kwargs):
-        return torch.func.functional_call(self.layer, self.merged(lam), args, kwargs, tie_weights=False)
+        layer = _with_lambda(self.layer, lam, {})  # a copy keeps its weights for a checkpoint in it to run again with
+        for name, p in self.merged(lam).items():
+            path, _, entry = name.rpartition(".")
+            part = layer.get_submodule(path)
+            vars(part).pop(entry, None)  # in a replica, a plain attribute
+            (part._buffers if entry in part._buffers else part._parameters)[entry] = p
+        return layer(*args, **kwargs)
 
     def forward(self, *args, **kwargs):
         if "lam" not in vars(self):
@@ -404,7 +411,9 @@ def adapt(
             optimizer.zero_grad()
             entropies = {}
             for i, task in enumerate(loaders, 1):
-                batch = tree_map(lambda x: x.to(trainable[0].device), next(batches[task]))
+                batch = tree_map(
+                    lambda x: x.to(trainable[0].device) if isinstance(x, Tensor) else x, next(batches[task])
+                )
                 # In a distributed model, gradients are exchanged once a step.
                 with nullcontext() if i == len(loaders) else getattr(model, "no_sync", nullcontext)():
                     logits = heads[task](model(batch) if isinstance(batch, Tensor) else model(**batch))
@@ -489,7 +498,8 @@ def unload(model: nn.Module) -> nn.Module:
 def set_token_mask(model: nn.Module, mask: Tensor | None) -> None:
     """From now on, routers whose input is (B, N, D) average over the tokens where `mask` (B, N) is not zero.
 
-    So padding does not matter. Models that take an `attention_mask` do this by themselves. None ends it.
+    So padding does not matter. Models that take an `attention_mask` do this by themselves. None ends it. The mask is
+    the model's, not a pass's: finish one text's backward pass before the next where activations are checkpointed.
     """
     for module in model.modules():
         if isinstance(module, WEMoE):
@@ -501,8 +511,8 @@ def _prepare_for_text(model: nn.Module) -> nn.Module:
     for tower in model.modules():
         if inspect.signature(tower.forward).parameters.keys() & {"input_ids", "pixel_values"}:
             tower.register_forward_pre_hook(_take_attention_mask, with_kwargs=True)
-    if hasattr(type(model), "generate"):
-        model.generate = functools.partial(_generate, model)
+        if hasattr(type(tower), "generate"):
+            tower.generate = functools.partial(_generate, tower)
     return model
 
 
@@ -534,14 +544,15 @@ class MergedLinear(MergedLayer, nn.Linear):
         """τ in these rows of the matrix: (rows, T, D_in)."""
         return self.tau(0)[:, rows].transpose(0, 1)
 
-    def each(self, lam: Tensor, x: Tensor) -> Tensor:
-        device = x.device.type
-        x = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    def each(self, lam: Tensor, input: Tensor) -> Tensor:
+        device = input.device.type
+        x = input.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else input
         with torch.autocast(device, enabled=False):
-            lam, rows = lam.to(self.weight), x.expand(len(lam), *x.shape[1:])
+            lam, x = lam.to(self.weight), x.expand(len(lam), *x.shape[1:])
             bias = None if self.bias is None else self.bias + lam @ self.tau(1)  # (B, D_out)
-            y = _MergedProduct.apply(rows.reshape(len(lam), -1, x.shape[-1]), lam, self.weight, bias, self)
-        return y.view(*rows.shape[:-1], -1)
+            tokens = x[:, None] if x.dim() == 2 else x.flatten(1, -2)  # (B, N, D_in)
+            y = _MergedProduct.apply(tokens, lam, self.weight, bias, self)
+        return y.view(*x.shape[:-1], len(self.weight))
 
 
 class _MergedProduct(torch.autograd.Function):
@@ -603,7 +614,11 @@ def _tiles(lam: Tensor, theta: Tensor, layer: MergedLinear) -> Iterator[tuple[sl
 
 
 def _members(models: Models) -> Iterable[Model]:
-    return models.values() if isinstance(models, Mapping | nn.ModuleDict) else models
+    models = models.values() if isinstance(models, Mapping | nn.ModuleDict) else models
+    one = isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList)
+    if one or not isinstance(models, Iterator) and any(isinstance(model, Tensor) for model in models):
+        raise ValueError("Models or task vectors are given in a list or by task, not one alone.")
+    return models
 
 
 def _state(model: Model) -> dict[str, Tensor]:
@@ -626,29 +641,42 @@ def _is_weight(p: object) -> bool:
     return isinstance(p, Tensor) and p.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def _has_no_numbers(p: Tensor) -> bool:
+    return p.is_meta or p.is_inference() or p.layout != torch.strided or not p.isfinite().all()
+
+
+def _is_index(p: object) -> bool:  # position ids, masks; or no tensor at all
+    return not isinstance(p, Tensor) or p.dtype in (torch.int16, torch.int32, torch.int64, torch.bool)
+
+
+def _is_counter(p: Tensor, q: Tensor) -> bool:
+    return p.dim() == q.dim() == 0 and _is_index(p) and _is_index(q)
+
+
 def _weights(pretrained: Model, other: Model, what: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Two models' weights by their names. Raises ValueError, naming the entry, for what cannot be merged."""
     theta_0, theta_t = _state(pretrained), _state(other)
     both = {k: p for k, p in theta_0.items() if _is_weight(p) and _is_weight(theta_t.get(k))}
     first = {id(p): key for key, p in reversed(both.items())}
-    lora = re.compile(r"lora_A|lora_a|lora_down|^A$")
+    adapters = re.compile(r"(^|[._])(lora|hada|lokr)[._]|^A$")
     for key in sorted(theta_0.keys() | theta_t.keys()):
         p, q, wrong = theta_0.get(key), theta_t.get(key), None
-        if any(isinstance(x, Mapping) and any(isinstance(y, Tensor) for y in x.values()) for x in (p, q)):
+        if any(isinstance(x, Mapping) and any(isinstance(y, Tensor | Mapping) for y in x.values()) for x in (p, q)):
             wrong = "holds the weights of a checkpoint: pass these alone"
-        elif (p is None or q is None) and (_is_weight(p) or _is_weight(q)):
+        elif (p is None or q is None) and not _is_index(q if p is None else p):
             other = next((k for k in (theta_0 if p is None else theta_t) if k.endswith(key) or key.endswith(k)), None)
             wrong = f"is in {what if p is None else 'the pre-trained model'} alone"
             wrong += f", {other!r} in the other: strip the prefix" if other else ""
         elif key in both and p.shape != q.shape:
             wrong = f"has shape {tuple(q.shape)} in {what}, but {tuple(p.shape)} in the pre-trained model"
-        elif key in both and (bad := [i for i, x in enumerate((p, q)) if x.is_meta or not x.isfinite().all()]):
-            wrong = f"is NaN, infinite or on the meta device in {('the pre-trained model', what)[bad[0]]}"
+        elif key in both and (bad := [i for i, x in enumerate((p, q)) if _has_no_numbers(x)]):
+            kinds = "NaN, infinite, sparse, made in torch.inference_mode or on the meta device"
+            wrong = f"is {kinds} in {('the pre-trained model', what)[bad[0]]}"
         elif key in both and not torch.equal(q, theta_t[first[id(p)]]):
             wrong = f"and {first[id(p)]!r} are tied in the pre-trained model, but not in {what}"
-        elif lora.search(key) and "lora" in key or key == "A" and p.shape[0] < p.shape[-1]:
+        elif adapters.search(key) and (key != "A" or p.shape[0] < p.shape[-1]):
             wrong = "is a factor of a low-rank adapter, whose product is not linear: unload adapters first"
-        elif key not in both and isinstance(p, Tensor) and isinstance(q, Tensor) and p.dim() > 0:
+        elif key not in both and isinstance(p, Tensor) and isinstance(q, Tensor) and not _is_counter(p, q):
             numbers = [(x.dequantize() if x.is_quantized else x).cpu().to(torch.complex128) for x in (p, q)]
             wrong = None if torch.equal(*numbers) else f"differs and is {p.dtype} and {q.dtype}: dequantise it first"
         if wrong:
@@ -661,11 +689,20 @@ def _weights(pretrained: Model, other: Model, what: str) -> tuple[dict[str, Tens
 def _refuse(module: nn.Module) -> None:
     """Raise ValueError for a module that would not run, or not otherwise, with weights from outside."""
     for name, part in module.named_modules():
-        plain = [value for key, value in vars(part).items() if key not in _OF_ONE_PASS]
-        kept = [leaf for leaf in tree_leaves(plain) if isinstance(leaf, Tensor)]
+        plain = [value for key, value in vars(part).items() if key not in _OF_ONE_PASS and "hook" not in key]
+        plain = [
+            getattr(leaf, "__self__", leaf) for leaf in tree_leaves(plain)
+        ]  # of a bound method, what it is bound to
+        kept = [leaf for leaf in plain if isinstance(leaf, Tensor)]
         if "forward" in vars(part) or isinstance(part, torch.jit.ScriptModule):
             raise ValueError(
                 f"{name!r}: its forward was replaced (compiled, traced, offloaded). Pass the model before."
+            )
+        if isinstance(part, nn.MultiheadAttention) and not part.batch_first:
+            raise ValueError(f"{name!r} is attention with batch_first=False: λ would mix samples. Use True.")
+        if any(isinstance(leaf, nn.Module) for leaf in plain):
+            raise ValueError(
+                f"{name!r} keeps modules or methods of its own in a list or an attribute: route its parts."
             )
         if any(isinstance(p, nn.Parameter) or not p.is_leaf for p in kept):  # as of GRU, or the old weight_norm
             raise ValueError(f"{name!r} ({type(part).__name__}) keeps its weights elsewhere, too: route other modules.")

@@ -50,13 +50,7 @@ seeds, task_numbers, batch_sizes = st.integers(0, 2**16), st.integers(1, 4), st.
 axes = st.lists(st.integers(1, 3), max_size=2)  # token or spatial axes
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Several only wait for each other in what is so small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+torch.set_num_threads(1)  # small tensors gain nothing from more, and forks do not survive them
 
 
 class Gated(nn.Module):
