@@ -1272,7 +1272,7 @@ def test_constant_routers_are_merged_for_good(kind, tasks, seed):
 
 @pytest.mark.parametrize(
     "make",
-    [Transformer, Normed, Odd] + [pytest.param(Tied, marks=fails("a tied matrix is merged once for each layer"))],
+    [Transformer, Normed, Odd, Tied],
 )
 def test_models_of_any_layers_are_merged_for_good(make):
     torch.manual_seed(0)
@@ -1670,3 +1670,10 @@ def test_drawn_modules_obey_the_equation(spec, tasks, batch, tokens, depth, seed
 def test_wemoe_needs_nothing_but_torch():
     imports = re.findall(r"^(?:import|from) (\w+)", Path(wemoe.__file__).read_text(), re.MULTILINE)
     assert set(imports) - set(sys.stdlib_module_names) == {"torch"}
+
+
+def test_a_constant_router_merges_once_for_all_samples():
+    module, calls = WEMoE(*family("norm", 4, 2), Router(4, 2, 0)), []
+    module.pretrained.layer.register_forward_hook(lambda *_: calls.append(1))
+    module(X)
+    assert len(calls) == 1

@@ -57,11 +57,11 @@ def task_arithmetic(pretrained: Model, task_vectors: Models, scaling: float | li
     better and returned in the dtype of θ_0; what task vectors skip is copied. The inputs are not modified.
     Raises ValueError if there is not one λ for each task, or if a task vector's names or shapes are not those of θ_0.
     """
-    vectors, scalings = _members(task_vectors), itertools.repeat(scaling)
-    if not isinstance(scaling, int | float):
-        vectors, scalings = list(vectors), [float(lam) for lam in scaling]
-        if len(vectors) != len(scalings):
-            raise ValueError(f"Got {len(scalings)} scaling factors for {len(vectors)} task vectors.")
+    vectors, scalings = _members(task_vectors), torch.as_tensor(scaling, dtype=torch.float64).tolist()
+    if isinstance(scalings, float):
+        scalings = itertools.repeat(scalings)
+    elif len(vectors := list(vectors)) != len(scalings):
+        raise ValueError(f"Got {len(scalings)} scaling factors for {len(vectors)} task vectors.")
     theta_0 = _state(pretrained)
     merged = {name: p.detach().to(_wide(p), copy=True) for name, p in theta_0.items() if _is_weight(p)}
     for tau, lam in zip(vectors, scalings):
@@ -255,7 +255,12 @@ class MergedLayer(nn.Module):
 
     def unloaded(self, lam: Tensor) -> nn.Module:
         for name, p in self.merged(lam).items():
-            functools.reduce(getattr, name.split("."), self.layer).copy_(p)
+            path, _, entry = name.rpartition(".")
+            part = self.layer.get_submodule(path)  # not in place: a tied θ_0 has other places
+            if entry in part._buffers:
+                part._buffers[entry] = p
+            else:
+                part._parameters[entry] = nn.Parameter(p, requires_grad=False)
         return self.layer
 
     def __getattr__(self, name: str):
