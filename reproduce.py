@@ -596,6 +596,12 @@ def run(arguments: argparse.Namespace) -> bool:
         folder.mkdir(parents=True, exist_ok=True)
     if arguments.on_cores:
         torch.set_num_threads(1)  # always, so that the number of workers does not change results
+        seconds = [METHODS[name].seconds for name in arguments.methods]
+        once = 60 + max(max(seconds), sum(seconds) / arguments.workers)  # experts first, then the methods side by side
+        say(
+            f"{len(seconds)} methods on {len(arguments.tasks)} tasks, {arguments.seeds} seed(s): from nothing some "
+            f"{once * arguments.seeds / 60:.0f} minutes for each condition on this kind of machine (2 cores)."
+        )
     entries: dict[str, dict[str, list[dict]]] = {}
     for seed in range(arguments.seed, arguments.seed + arguments.seeds):
         suite = SUITES[arguments.suite][0](argparse.Namespace(**{**vars(arguments), "seed": seed}))

@@ -60,15 +60,6 @@ batch_sizes = st.integers(1, 4)
 axes = st.lists(st.integers(1, 3), max_size=2)  # token or spatial axes
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors are tiny: several threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # ---- Small modules, and the equation as a loop -----------------------------------------------------------------------
 
 
