@@ -150,27 +150,27 @@ class WEMoE(nn.Module):
         self.routing = nn.Identity()  # λ passes through it, for routing_weights to see
         self.mask: Tensor | None = None  # (B, N), see set_token_mask
 
-    def forward(self, *args, **kwargs):
-        h = _first_tensor(args, kwargs)  # (B, ..., D)
+    def route(self, h: Tensor) -> Tensor:
+        """λ (B, T) for the input (B, ..., D), or (1, T) where all samples have one, for which layers merge once."""
         if len(h) == 0:
-            lam = h.new_zeros(1, self.num_tasks, dtype=torch.float32)  # no sample to merge for
-        else:
-            masked = self.mask is not None and self.mask.shape == h.shape[:-1]
-            lam = self.routing(self.router(h, mask=self.mask) if masked else self.router(h))  # (B, T)
-            if lam.shape != (len(h), self.num_tasks):
-                raise ValueError(f"The routing weights are {tuple(lam.shape)} for an input {tuple(h.shape)}.")
+            return h.new_zeros(1, self.num_tasks, dtype=torch.float32)  # no sample to merge for
+        masked = self.mask is not None and self.mask.shape == h.shape[:-1]
+        lam = self.routing(self.router(h, mask=self.mask) if masked else self.router(h))
+        if lam.shape != (len(h), self.num_tasks):
+            raise ValueError(f"The routing weights are {tuple(lam.shape)} for an input {tuple(h.shape)}.")
         lam = lam if torch.is_grad_enabled() else lam.detach()
-        if getattr(self.router, "depth", None) == 0:
-            lam = lam[:1]  # all samples have one λ, for which layers merge once
+        return lam[:1] if getattr(self.router, "depth", None) == 0 else lam
+
+    def forward(self, *args, **kwargs):
         copies: dict[nn.Module, nn.Module] = {}
-        output = _with_lambda(self.pretrained, lam, copies)(*args, **kwargs)
-        for module, used in copies.items():
-            if not isinstance(module, MergedLayer):  # what it has kept of this pass, as modules may do
-                vars(module).update({k: v for k, v in vars(used).items() if k not in _OF_ONE_PASS})
-                module._buffers.update(used._buffers)
+        output = _copied(self.pretrained, self.route(_first_tensor(args, kwargs)), copies)(*args, **kwargs)
+        for part, used in copies.items():
+            if not isinstance(part, MergedLayer):  # what it has kept of this pass, as modules may do
+                vars(part).update({k: v for k, v in vars(used).items() if k not in _OF_ONE_PASS})
+                part._buffers.update(used._buffers)
             elif not used.ran:
                 raise RuntimeError(
-                    f"A {type(module.layer).__name__} did not run in a routed {type(self.pretrained).__name__}: its "
+                    f"A {type(part.layer).__name__} did not run in a routed {type(self.pretrained).__name__}: its "
                     "weights were read from outside, or not at all. Route with layer=MergedLayer."
                 )
         return output
@@ -207,24 +207,23 @@ class MergedLayer(nn.Module):
     def tau(self, i: int) -> Tensor:
         return getattr(self, f"tau_{i}")
 
+    def update(self, lam: Tensor, i: int) -> Tensor:
+        """Σ_t λ_t τ_t of the i-th tensor, for λ (T,)."""
+        return torch.tensordot(lam.to(self.tau(i)), self.tau(i), dims=1)
+
     def merged(self, lam: Tensor) -> dict[str, Tensor]:
         """θ_0 + Σ_t λ_t τ_t by name, for λ (T,)."""
-        merged, buffers = {}, dict(self.layer.named_buffers())
+        theta_0 = {name: functools.reduce(getattr, name.split("."), self.layer) for name in self.places}
         with torch.autocast(lam.device.type, enabled=False):
-            for name, i in self.places.items():
-                theta_0 = functools.reduce(getattr, name.split("."), self.layer)
-                lam_of = (lam.detach() if name in buffers else lam).to(theta_0)  # no function differentiates a buffer
-                merged[name] = theta_0 + torch.tensordot(lam_of, self.tau(i), dims=1)
-        return merged
+            return {name: p + self.update(lam, self.places[name]).to(p) for name, p in theta_0.items()}
 
     def run(self, lam: Tensor, *args, **kwargs):
-        layer = _with_lambda(self.layer, lam, {})  # a copy keeps its weights for a checkpoint in it to run again with
-        for name, p in self.merged(lam).items():
-            path, _, entry = name.rpartition(".")
-            part = layer.get_submodule(path)
-            vars(part).pop(entry, None)  # in a replica, a plain attribute
-            (part._buffers if entry in part._buffers else part._parameters)[entry] = p
-        return layer(*args, **kwargs)
+        # In a copy, which keeps its weights for a checkpoint in it to run again with.
+        return _with_weights(_copied(self.layer, lam, {}), self.merged(lam))(*args, **kwargs)
+
+    def unloaded(self, lam: Tensor) -> nn.Module:
+        weights = {name: nn.Parameter(p, requires_grad=False) for name, p in self.merged(lam).items()}
+        return _with_weights(self.layer, weights)
 
     def forward(self, *args, **kwargs):
         if "lam" not in vars(self):
@@ -253,16 +252,6 @@ class MergedLayer(nn.Module):
             outputs.append(run(lam[b], *one_args, **one_kwargs))
         return tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *outputs)
 
-    def unloaded(self, lam: Tensor) -> nn.Module:
-        for name, p in self.merged(lam).items():
-            path, _, entry = name.rpartition(".")
-            part = self.layer.get_submodule(path)  # not in place: a tied θ_0 has other places
-            if entry in part._buffers:
-                part._buffers[entry] = p
-            else:
-                part._parameters[entry] = nn.Parameter(p, requires_grad=False)
-        return self.layer
-
     def __getattr__(self, name: str):
         try:
             return super().__getattr__(name)
@@ -270,7 +259,7 @@ class MergedLayer(nn.Module):
             return getattr(super().__getattr__("layer"), name)  # its tensors are θ_0
 
 
-def _with_lambda(module: nn.Module, lam: Tensor, copies: dict[nn.Module, nn.Module]) -> nn.Module:
+def _copied(module: nn.Module, lam: Tensor, copies: dict[nn.Module, nn.Module]) -> nn.Module:
     """A copy of the module for one forward pass, of the same tensors and hooks, with this λ in its merged layers.
 
     As the module itself never holds a λ, a checkpoint in it that runs again in the backward pass has the λ of its own
@@ -279,11 +268,24 @@ def _with_lambda(module: nn.Module, lam: Tensor, copies: dict[nn.Module, nn.Modu
     if module not in copies:
         copies[module] = used = object.__new__(type(module))
         used.__dict__ = dict(vars(module))
-        used._modules = {name: m and _with_lambda(m, lam, copies) for name, m in module._modules.items()}
+        used._modules = {name: part and _copied(part, lam, copies) for name, part in module._modules.items()}
         used._parameters, used._buffers = module._parameters.copy(), module._buffers.copy()
         if isinstance(used, MergedLayer):
             used.lam, used.ran = lam, False
     return copies[module]
+
+
+def _with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """The module with these tensors in place of its own: not in them, for a tied one has other places."""
+    for name, p in weights.items():
+        path, _, entry = name.rpartition(".")
+        part = module.get_submodule(path)
+        vars(part).pop(entry, None)  # in a replica of DataParallel, tensors are plain attributes
+        if entry in part._buffers:
+            part._buffers[entry] = p.detach()  # no function differentiates a buffer
+        else:
+            part._parameters[entry] = p
+    return module
 
 
 _OF_ONE_PASS = "_modules", "_parameters", "_buffers", "training"
