@@ -136,7 +136,7 @@ def literal(pretrained: nn.Module, finetuned: list[nn.Module], lam: Tensor, x: T
     outputs = []
     for b in range(len(x)):
         theta = {k: p + sum(lam[b, t] * (thetas[t][k] - p) for t in range(len(thetas))) for k, p in theta_0.items()}
-        theta |= {name: theta[name].detach() for name, _ in pretrained.named_buffers() if name in theta}
+        theta |= {name: p.detach() for name, p in theta.items() if "running" in name}  # torch does not differentiate
         outputs.append(functional_call(copy.deepcopy(pretrained), theta, (x[b : b + 1],)))
     return torch.cat(outputs)
 
@@ -307,11 +307,12 @@ def test_order_of_tasks_does_not_matter_to_wemoe(kind, tasks, batch, random, see
     close(one(x), WEMoE(pretrained, [finetuned[t] for t in order], Fixed(lam[:, order]))(x))
 
 
-@pytest.mark.parametrize("tile", [(1, 1, 1), (2, 7, 3), (3, 16, 2)])
-def test_tiles_of_any_size_give_the_same(tile, monkeypatch):
+@pytest.mark.parametrize("numbers, samples", [(1, 1), (25, 2), (64, 3)])
+def test_tiles_of_any_size_give_the_same(numbers, samples, monkeypatch):
     module, results = WEMoE(*family("plain", 4, 3), randomised(Router(4, 3))), []
-    for size in ((99, 99, 99), tile):
-        monkeypatch.setitem(wemoe._TILE, "cpu", size)
+    for size in ((999, 16), (numbers, samples)):
+        monkeypatch.setitem(wemoe._TILE, "cpu", size[0])
+        monkeypatch.setattr(wemoe, "_SAMPLES", size[1])
         y = module(X)
         results.append([y, *gradients(y, module)])
     close(*results, atol=1e-3)
@@ -545,15 +546,6 @@ class Listing(Flattening):
         return self.order[0](h) * self.scale
 
 
-def outcome(run) -> Tensor | str:
-    """What comes out, or the one sentence with which it is refused."""
-    try:
-        return run()
-    except (ValueError, RuntimeError, NotImplementedError) as error:
-        assert "\n" not in str(error) and str(error).endswith("."), error
-        return str(error)
-
-
 @pytest.mark.parametrize("kind", [Bound, Listing])
 @pytest.mark.parametrize("layer", [None, MergedLayer])
 def test_what_is_reached_beside_its_merged_copy_is_refused(kind, layer):
@@ -562,17 +554,17 @@ def test_what_is_reached_beside_its_merged_copy_is_refused(kind, layer):
         WEMoE(pretrained, finetuned, expert(1), layer=layer)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [Flattening, Reading, Selecting] + [pytest.param(ReadingToo, marks=fails("silently θ_0 where the weight is read"))],
-)
+@pytest.mark.parametrize("kind", [Flattening, Reading, ReadingToo, Selecting])
 def test_a_module_that_is_not_made_of_layers_is_refused_or_right_and_runs_whole(kind):
     pretrained, finetuned = several(kind)
-    y = outcome(lambda: WEMoE(pretrained, finetuned, expert(1))(X))
-    if isinstance(y, Tensor):
-        close(y, finetuned[1](X), atol=1e-4)
-    else:
-        assert "layer=MergedLayer" in y
+    module = WEMoE(pretrained, finetuned, expert(1))
+    try:
+        y = module(X)
+    except (ValueError, RuntimeError) as error:
+        assert "layer=MergedLayer" in str(error)
+    else:  # what is read from outside is NaN
+        assert y.isnan().all() if kind is ReadingToo else torch.allclose(y, finetuned[1](X), atol=1e-4)
+    assert module.pretrained.fc.weight.dtype == torch.float32
     close(WEMoE(pretrained, finetuned, expert(1), layer=MergedLayer)(X), finetuned[1](X), atol=1e-4)
 
 
@@ -645,6 +637,29 @@ def test_an_empty_batch_stays_empty(kind, depth):
     pretrained, finetuned = family(kind, 4, 2)
     x = torch.randn(0, 3, 4)
     assert WEMoE(pretrained, finetuned, Router(4, 2, depth))(x).shape == pretrained(x).shape
+
+
+def test_parts_keep_their_own_training_mode():
+    models = [nn.Sequential(nn.Linear(4, 4), nn.Dropout(1.0).eval()) for _ in range(2)]
+    close(
+        upscale(models[0], models[1:], modules=lambda name, _: name == "", init_lambda=1.0, router_depth=0)(X),
+        models[1][0](X),
+    )
+
+
+def test_a_buffer_that_is_used_like_a_parameter_has_gradients():
+    class Scaled(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.register_buffer("scale", torch.randn(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.scale
+
+    pretrained, *finetuned = (Scaled() for _ in range(3))
+    module = WEMoE(pretrained, finetuned, router := Fixed(LAM.clone()))
+    y, expected = module(X), literal(pretrained, finetuned, router.lam, X)
+    close(gradients(y, router), gradients(expected, router), atol=1e-4)
 
 
 def test_samples_without_tokens_stay_without():
@@ -1251,20 +1266,20 @@ def test_routing_weights_are_recorded_by_module_while_asked_for():
 @given(kinds, task_numbers, seeds)
 def test_constant_routers_are_merged_for_good(kind, tasks, seed):
     pretrained, finetuned = family(kind, 4, tasks, seed)
+    for part in pretrained.modules():
+        part.register_forward_hook(lambda *_: None)
     module = WEMoE(pretrained, finetuned, randomised(Router(4, tasks, 0)))
     before, plain = copy.deepcopy(module.state_dict()), unload(module)
     assert [type(part) for part in plain.modules()] == [type(part) for part in pretrained.modules()]
     assert plain.state_dict().keys() == pretrained.state_dict().keys()
+    assert [len(part._forward_hooks) for part in plain.modules()] == [1 for _ in pretrained.modules()]
     close(plain(X), module(X), atol=1e-4)
     same(module.state_dict(), before)
     with pytest.raises(ValueError, match="Only routers of depth 0"):
         unload(WEMoE(pretrained, finetuned, Router(4, tasks, 1)))
 
 
-@pytest.mark.parametrize(
-    "make",
-    [Transformer, Normed, Odd, Tied],
-)
+@pytest.mark.parametrize("make", [Transformer, Normed, Odd, Tied])
 def test_models_of_any_layers_are_merged_for_good(make):
     torch.manual_seed(0)
     models, x = [make().eval() for _ in range(3)], {Transformer: torch.randn(2, 5, 3), Normed: X[:, 0]}.get(make, X)
@@ -1519,7 +1534,7 @@ REFUSED = {  # what: (how, a part of the sentence)
                     "q.lora_a.weight", "lora_unet_q.lora_down.weight", "q.lora_B.weight", "q.lora_up.weight",
                     "q.lora.down.weight", "q.lora_linear_layer.down.weight", "q.hada_w1_a", "q.lokr_w1_a")},
     "factors A and B": (lambda: task_vector(*[{"A": torch.ones(1, 4), "B": torch.ones(4, 1)}] * 2), "low-rank"),
-    "a tie that was cut": (cut_tie, "tied in the pre-trained model, but not in the fine-tuned"),
+    "a tie that was cut": (cut_tie, "are tied in the pre-trained, not in the fine-tuned model"),
     "a factor for each": (lambda: task_arithmetic(LINEAR, [STATE], [0.1, 0.2]), "2 scaling factors for 1 task"),
     "another's vector": (lambda: task_arithmetic(LINEAR, [STATE | {"more": torch.ones(1)}]), "'more' is in a task"),
     "depth": (lambda: Router(4, 2, depth=3), "depth=3"),
@@ -1570,10 +1585,7 @@ REFUSED = {  # what: (how, a part of the sentence)
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "what",
-    REFUSED,
-)
+@pytest.mark.parametrize("what", REFUSED)
 def test_refused_in_one_sentence(what):
     how, sentence = REFUSED[what]
     with pytest.raises((ValueError, NotImplementedError), match=sentence) as refusal:

@@ -46,7 +46,7 @@ def task_vector(pretrained: Model, finetuned: Model) -> dict[str, Tensor]:
     τ has an entry for each parameter and buffer in float16 to float64. Counters, and what else is equal, are skipped.
     Raises ValueError, naming the entry, if the models differ in structure or cannot be subtracted.
     """
-    theta_0, theta_t = _weights(pretrained, finetuned, "the fine-tuned model")
+    theta_0, theta_t = _weights(pretrained, finetuned, "the fine-tuned model")  # what fits is in the last section
     return {name: (theta_t[name].to(p.device) - p).to(p.dtype) for name, p in theta_0.items()}
 
 
@@ -60,8 +60,10 @@ def task_arithmetic(pretrained: Model, task_vectors: Models, scaling: float | li
     vectors, scalings = _members(task_vectors), torch.as_tensor(scaling, dtype=torch.float64).tolist()
     if isinstance(scalings, float):
         scalings = itertools.repeat(scalings)
-    elif len(vectors := list(vectors)) != len(scalings):
-        raise ValueError(f"Got {len(scalings)} scaling factors for {len(vectors)} task vectors.")
+    else:
+        vectors = list(vectors)
+        if len(vectors) != len(scalings):
+            raise ValueError(f"Got {len(scalings)} scaling factors for {len(vectors)} task vectors.")
     theta_0 = _state(pretrained)
     merged = {name: p.detach().to(_wide(p), copy=True) for name, p in theta_0.items() if _is_weight(p)}
     for tau, lam in zip(vectors, scalings):
@@ -139,14 +141,15 @@ class WEMoE(nn.Module):
             raise ValueError(f"WEMoE got {len(vectors)} fine-tuned modules for a router with {self.num_tasks} outputs.")
         module = copy.deepcopy(pretrained).requires_grad_(False)
         theta_0 = _state(module)
-        tau = {theta_0[name]: torch.stack([vector[name] for vector in vectors]) for name in vectors[0]}  # (T, *shape)
+        # By the tensor itself, so that a tied one has one τ: (T, *shape).
+        tau = {theta_0[name]: torch.stack([vector[name] for vector in vectors]) for name in vectors[0]}
 
         def merged(part: nn.Module) -> nn.Module | None:
             if type(part) is nn.Linear and part.weight in tau:
                 return (layer or MergedLinear)(part, tau)
             return MergedLayer(part, tau) if layer is MergedLayer or _is_layer(part, tau) else None
 
-        self.router, self.pretrained = router, _replace(module, merged)
+        self.router, self.pretrained, self.training = router, _replace(module, merged), pretrained.training
         self.routing = nn.Identity()  # λ passes through it, for routing_weights to see
         self.mask: Tensor | None = None  # (B, N), see set_token_mask
 
@@ -154,11 +157,11 @@ class WEMoE(nn.Module):
         """λ (B, T) for the input (B, ..., D), or (1, T) where all samples have one, for which layers merge once."""
         if len(h) == 0:
             return h.new_zeros(1, self.num_tasks, dtype=torch.float32)  # no sample to merge for
-        masked = self.mask is not None and self.mask.shape == h.shape[:-1]
+        masked = self.mask is not None and self.mask.shape == h.shape[:-1]  # while tokens are generated, it is not
         lam = self.routing(self.router(h, mask=self.mask) if masked else self.router(h))
         if lam.shape != (len(h), self.num_tasks):
             raise ValueError(f"The routing weights are {tuple(lam.shape)} for an input {tuple(h.shape)}.")
-        lam = lam if torch.is_grad_enabled() else lam.detach()
+        lam = lam if torch.is_grad_enabled() else lam.detach()  # a router may return its own parameter
         return lam[:1] if getattr(self.router, "depth", None) == 0 else lam
 
     def forward(self, *args, **kwargs):
@@ -166,13 +169,11 @@ class WEMoE(nn.Module):
         output = _copied(self.pretrained, self.route(_first_tensor(args, kwargs)), copies)(*args, **kwargs)
         for part, used in copies.items():
             if not isinstance(part, MergedLayer):  # what it has kept of this pass, as modules may do
-                vars(part).update({k: v for k, v in vars(used).items() if k not in _OF_ONE_PASS})
+                vars(part).update({name: value for name, value in vars(used).items() if name not in _MADE_OF})
                 part._buffers.update(used._buffers)
             elif not used.ran:
-                raise RuntimeError(
-                    f"A {type(part.layer).__name__} did not run in a routed {type(self.pretrained).__name__}: its "
-                    "weights were read from outside, or not at all. Route with layer=MergedLayer."
-                )
+                what = f"A {type(part.layer).__name__} did not run in a routed {type(self.pretrained).__name__}"
+                raise RuntimeError(f"{what}: its weights were read, or not used. Route with layer=MergedLayer.")
         return output
 
     def __getattr__(self, name: str):
@@ -189,19 +190,19 @@ class WEMoE(nn.Module):
 class MergedLayer(nn.Module):
     """Any layer, with weights of its own for each sample: the equation word for word, one sample after another.
 
-    λ (B, T) comes from the WEMoE module; `tau` gives τ (T, *shape) for the tensors of the layer. Merged weights are not
-    kept for the backward pass but merged again, so that memory never holds B sets of them.
+    `tau` gives τ (T, *shape) for the tensors of the layer. Merged weights are not kept for the backward pass but merged
+    again, so that memory never holds B sets of them.
     """
 
     def __init__(self, layer: nn.Module, tau: Mapping[Tensor, Tensor]):
         nn.Module.__init__(self)  # of MergedLinear, too: nn.Linear's own would make weights
-        self.layer, self.places = layer, {}  # name -> which τ; a tied tensor has several places, but one τ
+        self.layer, self.training, self.places = layer, layer.training, {}  # name -> which τ
         tensors: dict[Tensor, int] = {}
         for path, part in layer.named_modules():
             for name, p in (*part._parameters.items(), *part._buffers.items()):
                 if p in tau:
                     self.places[f"{path}.{name}".lstrip(".")] = tensors.setdefault(p, len(tensors))
-        for p, i in tensors.items():
+        for p, i in tensors.items():  # no buffers: DistributedDataParallel would send them around at every step
             self.register_parameter(f"tau_{i}", nn.Parameter(tau[p], requires_grad=False))
 
     def tau(self, i: int) -> Tensor:
@@ -218,15 +219,11 @@ class MergedLayer(nn.Module):
             return {name: p + self.update(lam, self.places[name]).to(p) for name, p in theta_0.items()}
 
     def run(self, lam: Tensor, *args, **kwargs):
-        # In a copy, which keeps its weights for a checkpoint in it to run again with.
+        # Not by functional_call, which puts θ_0 back before a checkpoint in the layer runs again.
         return _with_weights(_copied(self.layer, lam, {}), self.merged(lam))(*args, **kwargs)
 
-    def unloaded(self, lam: Tensor) -> nn.Module:
-        weights = {name: nn.Parameter(p, requires_grad=False) for name, p in self.merged(lam).items()}
-        return _with_weights(self.layer, weights)
-
     def forward(self, *args, **kwargs):
-        if "lam" not in vars(self):
+        if "lam" not in vars(self):  # as in the copy for one pass
             raise RuntimeError("A merged layer runs in the WEMoE module that it is a part of, not by itself.")
         lam, x, self.ran = self.lam, _first_tensor(args, kwargs), True
         if lam.requires_grad and not torch.is_grad_enabled():
@@ -252,11 +249,21 @@ class MergedLayer(nn.Module):
             outputs.append(run(lam[b], *one_args, **one_kwargs))
         return tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *outputs)
 
+    def unloaded(self, lam: Tensor) -> nn.Module:
+        """The layer itself, merged for good with λ (T,)."""
+        weights = {name: nn.Parameter(p, requires_grad=False) for name, p in self.merged(lam).items()}
+        return _with_weights(self.layer, weights)
+
     def __getattr__(self, name: str):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("layer"), name)  # its tensors are θ_0
+            value = getattr(super().__getattr__("layer"), name)
+        # Its tensors are θ_0; within a pass, in which each sample has its own, they have a type, but NaN for numbers.
+        return value.new_full((), math.nan).expand_as(value) if _is_weight(value) and "lam" in vars(self) else value
+
+
+_MADE_OF = "_modules", "_parameters", "_buffers", "training"  # all else that a module has, it has kept
 
 
 def _copied(module: nn.Module, lam: Tensor, copies: dict[nn.Module, nn.Module]) -> nn.Module:
@@ -268,7 +275,7 @@ def _copied(module: nn.Module, lam: Tensor, copies: dict[nn.Module, nn.Module]) 
     if module not in copies:
         copies[module] = used = object.__new__(type(module))
         used.__dict__ = dict(vars(module))
-        used._modules = {name: part and _copied(part, lam, copies) for name, part in module._modules.items()}
+        used._modules = {n: None if part is None else _copied(part, lam, copies) for n, part in module._modules.items()}
         used._parameters, used._buffers = module._parameters.copy(), module._buffers.copy()
         if isinstance(used, MergedLayer):
             used.lam, used.ran = lam, False
@@ -281,14 +288,10 @@ def _with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module
         path, _, entry = name.rpartition(".")
         part = module.get_submodule(path)
         vars(part).pop(entry, None)  # in a replica of DataParallel, tensors are plain attributes
-        if entry in part._buffers:
-            part._buffers[entry] = p.detach()  # no function differentiates a buffer
-        else:
-            part._parameters[entry] = p
+        if isinstance(part, nn.modules.batchnorm._NormBase) and entry in part._buffers:
+            p = p.detach()  # torch does not differentiate by running statistics
+        (part._buffers if entry in part._buffers else part._parameters)[entry] = p
     return module
-
-
-_OF_ONE_PASS = "_modules", "_parameters", "_buffers", "training"
 
 
 # ---- Upscaling -------------------------------------------------------------------------------------------------------
@@ -328,9 +331,8 @@ def upscale(
         if place not in routed:
             router = Router(_hidden_size(name, module) if router_depth else 0, len(models), router_depth, init_lambda)
             weight = next(p for p in _state(module).values() if _is_weight(p))
-            router.to(weight.device, _wide(weight))
-            experts = [_part(model, name) for model in models]
-            routed[place] = WEMoE(module, experts, router, layer=layer).train(module.training)
+            router.to(weight.device, _wide(weight)).train(module.training)
+            routed[place] = WEMoE(module, [_part(model, name) for model in models], router, layer=layer)
     return _prepare_for_text(_replace(upscaled, routed.get))
 
 
@@ -341,7 +343,8 @@ def _replace(module: nn.Module, change: Callable, done: dict | None = None) -> n
         done[module] = change(module)
         if done[module] is None:
             done[module] = module
-            module._modules.update({name: m and _replace(m, change, done) for name, m in module._modules.items()})
+            for name, part in module._modules.items():
+                module._modules[name] = None if part is None else _replace(part, change, done)
     return done[module]
 
 
@@ -365,7 +368,7 @@ def negative_information(logits: Tensor) -> Tensor:
     For mean entropy alone, one confident answer to everything is as good as any; this asks for diverse answers, too
     (Bridle et al., NeurIPS 1991; Liang et al., arXiv 2002.08546), and wants batches in which most classes appear.
     """
-    return mean_entropy(logits) - entropy(_log_softmax(logits).logsumexp(0))
+    return mean_entropy(logits) - entropy(_log_softmax(logits).logsumexp(0))  # softmax of which is the mean prediction
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
@@ -406,38 +409,38 @@ def adapt(
     the model as it was before that step, if an entropy or the gradient is not finite.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = optimizer or torch.optim.Adam(trainable or model.parameters(), lr)
-    _check_adapt(trainable, loaders, heads, optimizer, steps, start, lr)
+    held = [p for group in optimizer.param_groups for p in group["params"]] if optimizer else trainable
+    _check_adapt(trainable, loaders, heads, held, steps, start, lr)
+    optimizer = optimizer or torch.optim.Adam(trainable, lr)
     batches = {task: _endless(task, loader) for task, loader in loaders.items()}
-    history = []
+    history, device = [], trainable[0].device
     with torch.inference_mode(False), torch.enable_grad():
         for step in range(start + 1, steps + 1):
             for group in optimizer.param_groups:
                 cosine = (1 + math.cos(math.pi * (step - 1) / steps)) / 2
                 group["lr"] = group.setdefault("initial_lr", group["lr"]) * cosine
             optimizer.zero_grad()
-            entropies = {}
+            entropies = []
             for i, task in enumerate(loaders, 1):
-                batch = tree_map(
-                    lambda x: x.to(trainable[0].device) if isinstance(x, Tensor) else x, next(batches[task])
-                )
-                # In a distributed model, gradients are exchanged once a step.
-                with nullcontext() if i == len(loaders) else getattr(model, "no_sync", nullcontext)():
+                batch = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, next(batches[task]))
+                # A distributed model exchanges gradients once a step, after the last task.
+                exchange = nullcontext if i == len(loaders) else getattr(model, "no_sync", nullcontext)
+                with exchange():
                     logits = heads[task](model(batch) if isinstance(batch, Tensor) else model(**batch))
                     if logits.dim() != 2 or logits.shape[1] < 2:
                         raise ValueError(f"Logits of {task!r} should be (B, C) with C > 1, not {tuple(logits.shape)}.")
                     objective(logits).backward()
-                entropies[f"entropy of task {task!r}"] = mean_entropy(logits.detach())
+                entropies.append(mean_entropy(logits.detach()))
             norm = torch.stack([p.grad.norm() for p in trainable if p.grad is not None]).norm()
-            *values, norm = torch.stack([*entropies.values(), norm]).tolist()
-            for what, value in zip([*entropies, "gradient"], [*values, norm]):
+            values = torch.stack([*entropies, norm]).tolist()
+            for what, value in zip([*(f"entropy of task {task!r}" for task in loaders), "gradient"], values):
                 if not math.isfinite(value):
                     optimizer.zero_grad()
                     raise FloatingPointError(f"The {what} is {value} at step {step} of {steps}.")
             optimizer.step()
-            history.append(sum(values) / len(values))
+            history.append(sum(values[:-1]) / len(loaders))
             if on_step is not None:
-                on_step(step, dict(zip(loaders, values)))
+                on_step(step, dict(zip(loaders, values)))  # without the gradient's
     optimizer.zero_grad()
     return history
 
@@ -516,6 +519,7 @@ def set_token_mask(model: nn.Module, mask: Tensor | None) -> None:
 def _prepare_for_text(model: nn.Module) -> nn.Module:
     """Let an `attention_mask` reach the routers, and `generate` keep the routing weights of the prompt."""
     for tower in model.modules():
+        # With pixel_values, too: the vision tower of a model of both takes off the mask of the texts.
         if inspect.signature(tower.forward).parameters.keys() & {"input_ids", "pixel_values"}:
             tower.register_forward_pre_hook(_take_attention_mask, with_kwargs=True)
         if hasattr(type(tower), "generate"):
@@ -537,93 +541,98 @@ def _generate(model: nn.Module, *args, **kwargs):
 
 
 class MergedLinear(MergedLayer, nn.Linear):
-    """A linear layer with weights of its own for each sample; its `weight` and `bias` are θ_0. See MergedLayer."""
-
-    weight = property(lambda self: self.layer.weight)
-    bias = property(lambda self: self.layer.bias)
+    """A linear layer with weights of its own for each sample; to libraries, an nn.Linear. See MergedLayer."""
 
     def __init__(self, layer: nn.Linear, tau: Mapping[Tensor, Tensor]):
         super().__init__(layer, tau)
-        for name in [name for name in vars(layer) if "ward" in name and "hook" in name]:
-            vars(self)[name], vars(layer)[name] = vars(layer)[name], vars(self)[name]  # hooks: it runs in its place
+        _swap_hooks(self, layer)  # it runs in its place
+
+    def unloaded(self, lam: Tensor) -> nn.Module:
+        _swap_hooks(self, self.layer)
+        return super().unloaded(lam)
 
     def rows(self, rows: slice) -> Tensor:
-        """τ in these rows of the matrix: (rows, T, D_in)."""
-        return self.tau(0)[:, rows].transpose(0, 1)
+        """τ in these rows of the matrix: (T, rows, D_in)."""
+        return self.tau(0)[:, rows]
 
     def each(self, lam: Tensor, input: Tensor) -> Tensor:
-        device = input.device.type
+        device, theta_0, bias = input.device.type, self.layer.weight, self.layer.bias
         x = input.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else input
         with torch.autocast(device, enabled=False):
-            lam, x = lam.to(self.weight), x.expand(len(lam), *x.shape[1:])
-            bias = None if self.bias is None else self.bias + lam @ self.tau(1)  # (B, D_out)
+            lam, x = lam.to(theta_0), x.expand(len(lam), *x.shape[1:])
+            bias = None if bias is None else bias + lam @ self.tau(1)  # (B, D_out)
             tokens = x[:, None] if x.dim() == 2 else x.flatten(1, -2)  # (B, N, D_in)
-            y = _MergedProduct.apply(tokens, lam, self.weight, bias, self)
-        return y.view(*x.shape[:-1], len(self.weight))
+            y = _MergedProduct.apply(tokens, lam, theta_0, bias, self)
+        return y.view(*x.shape[:-1], len(theta_0))
+
+
+def _swap_hooks(one: nn.Module, other: nn.Module) -> None:
+    for name in [name for name in vars(one) if re.search("(forward|backward).*hook", name)]:
+        vars(one)[name], vars(other)[name] = vars(other)[name], vars(one)[name]
 
 
 class _MergedProduct(torch.autograd.Function):
     """y_b = x_b W_b^T + bias_b, W_b = θ_0 + Σ_t λ_bt τ_t: x (B, N, D_in), λ (B, T), θ_0 (D_out, D_in), bias (B, D_out).
 
-    Tile by tile, one batch of matrix products merges for many samples and another applies. The backward pass merges
-    again, so that memory never holds B sets of weights. x, λ and the bias have gradients; θ_0 and τ are constants.
+    For some rows of W_b and many samples at a time, one matrix product merges and a batch of them applies. The backward
+    pass merges again, so that memory never holds B sets of weights. x, λ and the bias have gradients.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, lam: Tensor, theta: Tensor, bias: Tensor | None, layer: MergedLinear) -> Tensor:
         ctx.save_for_backward(x, lam, theta)
         ctx.layer = layer
-        y = x.new_zeros(*x.shape[:2], len(theta))  # (B, N, D_out)
-        y = y if bias is None else y.add_(bias[:, None])
-        for samples, rows, columns, w, _ in _tiles(lam, theta, layer):
-            y[samples, :, rows] += x[samples, :, columns] @ w.to(x.dtype).mT
-        return y
+        y = x.new_empty(*x.shape[:2], len(theta))  # (B, N, D_out)
+        for samples, rows, w, _ in _tiles(lam, theta, layer):
+            y[samples, :, rows] = x[samples] @ w.to(x.dtype).mT
+        return y if bias is None else y.add_(bias[:, None])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
         x, lam, theta = ctx.saved_tensors
-        dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None  # not in the first routed module of a model
+        dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None  # not where nothing before it is trained
         dlam = torch.zeros_like(lam)
-        for samples, rows, columns, w, tau in _tiles(lam, theta, ctx.layer):
+        for samples, rows, w, tau in _tiles(lam, theta, ctx.layer):
             if dx is not None:
-                dx[samples, :, columns] += dy[samples, :, rows] @ w.to(x.dtype)
-            dw = (dy[samples, :, rows].mT @ x[samples, :, columns]).to(lam.dtype)  # (samples, rows, columns)
-            dlam[samples] += (dw.transpose(0, 1) @ tau.mT).sum(0)  # <dw_b, τ_t>
+                dx[samples] += dy[samples, :, rows] @ w.to(x.dtype)
+            dw = (dy[samples, :, rows].mT @ x[samples]).to(lam.dtype)  # (samples, rows, D_in)
+            dlam[samples] += dw.flatten(1) @ tau.mT  # <dw_b, τ_t>
         return dx, dlam, None, dy.sum(1) if ctx.needs_input_grad[3] else None, None
 
 
-# How many samples, rows and columns a tile of merged weights has at most: 6 MiB in float32 on a CPU, where it is to
+# How many numbers a tile of merged weights has at most, for so many samples: 6 MiB in float32 on a CPU, where it is to
 # stay in the cache, and 256 MiB on a GPU.
-_TILE = {"cpu": (16, 128, 768), "cuda": (16, 4096, 1024)}
+_TILE, _SAMPLES = {"cpu": 16 * 128 * 768, "cuda": 16 * 4096 * 1024}, 16
 
 
-def _tiles(lam: Tensor, theta: Tensor, layer: MergedLinear) -> Iterator[tuple[slice, slice, slice, Tensor, Tensor]]:
-    """Parts of θ_0 + Σ_t λ_bt τ_t: which samples, rows and columns, w (samples, rows, columns), τ (rows, T, columns).
+def _tiles(lam: Tensor, theta: Tensor, layer: MergedLinear) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Parts of θ_0 + Σ_t λ_bt τ_t: which samples, which rows, w (samples, rows, D_in), and τ (T, rows · D_in).
 
-    Every tile overwrites the one before: fresh memory is slow to come by.
+    Every tile overwrites the one before: memory that is new to the process is slow.
     """
-    lam, whole, tile = lam.detach(), (len(lam), *theta.shape), _TILE.get(lam.device.type, _TILE["cuda"])
-    memory = theta.new_empty(math.prod(map(min, tile, whole)))
-    parts = [[slice(i, min(i + step, size)) for i in range(0, size, step)] for size, step in zip(whole, tile)]
-    for rows in parts[1]:
-        tau_rows = layer.rows(rows)
-        for columns, samples in itertools.product(parts[2], parts[0]):
-            theta_0, tau = theta[rows, None, columns], tau_rows[..., columns]  # (rows, 1 or T, columns)
-            lam_of_row = lam[samples].expand(len(tau), -1, -1)  # (rows, samples, T), the same for each row
-            shape = len(tau), lam_of_row.shape[1], tau.shape[2]
-            w = memory[: math.prod(shape)].view(shape)
-            torch.baddbmm(theta_0, lam_of_row, tau, out=w)  # θ_0 + λ τ, row by row
-            yield samples, rows, columns, w.transpose(0, 1), tau
+    lam, (height, width) = lam.detach(), theta.shape
+    step = max(1, _TILE.get(lam.device.type, _TILE["cuda"]) // (_SAMPLES * width))
+    memory = theta.new_empty(min(_SAMPLES, len(lam)) * min(step, height) * width)
+    for rows in (slice(i, i + step) for i in range(0, height, step)):
+        theta_0, tau = theta[rows].flatten(), layer.rows(rows).flatten(1)
+        for samples in (slice(i, i + _SAMPLES) for i in range(0, len(lam), _SAMPLES)):
+            lam_of = lam[samples]
+            w = memory[: len(lam_of) * len(theta_0)].view(len(lam_of), len(theta_0))
+            torch.addmm(theta_0, lam_of, tau, out=w)
+            yield samples, rows, w.view(len(lam_of), -1, width), tau
 
 
 # ---- What is asked of models, modules and arguments, and what is refused ---------------------------------------------
 
+# Two models that do not fit: _weights. A module that cannot be routed: _refuse. A choice of modules: _selected.
+# Arguments that cannot be split among samples: _of_sample. An adaptation that cannot start: _check_adapt.
+
 
 def _members(models: Models) -> Iterable[Model]:
     models = models.values() if isinstance(models, Mapping | nn.ModuleDict) else models
-    one = isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList)
-    if one or not isinstance(models, Iterator) and any(isinstance(model, Tensor) for model in models):
+    alone = isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList)
+    if alone or (not isinstance(models, Iterator) and any(isinstance(model, Tensor) for model in models)):
         raise ValueError("Models or task vectors are given in a list or by task, not one alone.")
     return models
 
@@ -648,44 +657,13 @@ def _is_weight(p: object) -> bool:
     return isinstance(p, Tensor) and p.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def _has_no_numbers(p: Tensor) -> bool:
-    return p.is_meta or p.is_inference() or p.layout != torch.strided or not p.isfinite().all()
-
-
-def _is_index(p: object) -> bool:  # position ids, masks; or no tensor at all
-    return not isinstance(p, Tensor) or p.dtype in (torch.int16, torch.int32, torch.int64, torch.bool)
-
-
-def _is_counter(p: Tensor, q: Tensor) -> bool:
-    return p.dim() == q.dim() == 0 and _is_index(p) and _is_index(q)
-
-
 def _weights(pretrained: Model, other: Model, what: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Two models' weights by their names. Raises ValueError, naming the entry, for what cannot be merged."""
     theta_0, theta_t = _state(pretrained), _state(other)
-    both = {k: p for k, p in theta_0.items() if _is_weight(p) and _is_weight(theta_t.get(k))}
-    first = {id(p): key for key, p in reversed(both.items())}
-    adapters = re.compile(r"(^|[._])(lora|hada|lokr)[._]|^A$")
+    both = {key: p for key, p in theta_0.items() if _is_weight(p) and _is_weight(theta_t.get(key))}
+    first = {id(p): key for key, p in reversed(both.items())}  # of a tied tensor's names
     for key in sorted(theta_0.keys() | theta_t.keys()):
-        p, q, wrong = theta_0.get(key), theta_t.get(key), None
-        if any(isinstance(x, Mapping) and any(isinstance(y, Tensor | Mapping) for y in x.values()) for x in (p, q)):
-            wrong = "holds the weights of a checkpoint: pass these alone"
-        elif (p is None or q is None) and not _is_index(q if p is None else p):
-            other = next((k for k in (theta_0 if p is None else theta_t) if k.endswith(key) or key.endswith(k)), None)
-            wrong = f"is in {what if p is None else 'the pre-trained model'} alone"
-            wrong += f", {other!r} in the other: strip the prefix" if other else ""
-        elif key in both and p.shape != q.shape:
-            wrong = f"has shape {tuple(q.shape)} in {what}, but {tuple(p.shape)} in the pre-trained model"
-        elif key in both and (bad := [i for i, x in enumerate((p, q)) if _has_no_numbers(x)]):
-            kinds = "NaN, infinite, sparse, made in torch.inference_mode or on the meta device"
-            wrong = f"is {kinds} in {('the pre-trained model', what)[bad[0]]}"
-        elif key in both and not torch.equal(q, theta_t[first[id(p)]]):
-            wrong = f"and {first[id(p)]!r} are tied in the pre-trained model, but not in {what}"
-        elif adapters.search(key) and (key != "A" or p.shape[0] < p.shape[-1]):
-            wrong = "is a factor of a low-rank adapter, whose product is not linear: unload adapters first"
-        elif key not in both and isinstance(p, Tensor) and isinstance(q, Tensor) and not _is_counter(p, q):
-            numbers = [(x.dequantize() if x.is_quantized else x).cpu().to(torch.complex128) for x in (p, q)]
-            wrong = None if torch.equal(*numbers) else f"differs and is {p.dtype} and {q.dtype}: dequantise it first"
+        wrong = _wrong(key, theta_0, theta_t, what, first)
         if wrong:
             raise ValueError(f"{key!r} {wrong}.")
     if not both:
@@ -693,33 +671,61 @@ def _weights(pretrained: Model, other: Model, what: str) -> tuple[dict[str, Tens
     return tuple({key: state[key].detach() for key in both} for state in (theta_0, theta_t))
 
 
+def _wrong(key: str, theta_0: Mapping, theta_t: Mapping, what: str, first: Mapping[int, str]) -> str | None:
+    """Why the entry cannot be merged, if so; `first` is a name of each weight that both models have."""
+    p, q = theta_0.get(key), theta_t.get(key)
+    if any(isinstance(x, Mapping) and any(isinstance(y, Tensor | Mapping) for y in x.values()) for x in (p, q)):
+        return "holds the weights of a checkpoint: pass these alone"
+    if p is None or q is None:
+        alone, where = (q, what) if p is None else (p, "the pre-trained model")
+        like = next((k for k in (theta_0 if p is None else theta_t) if k.endswith(key) or key.endswith(k)), None)
+        hint = f", {like!r} in the other: strip the prefix" if like else ""
+        return None if _is_index(alone) else f"is in {where} alone{hint}"
+    if re.search(r"(^|[._])(lora|hada|lokr)[._]", key) or (key == "A" and p.shape[0] < p.shape[-1]):
+        return "is a factor of a low-rank adapter, whose product is not linear: unload adapters first"
+    if _is_weight(p) and _is_weight(q):
+        if p.shape != q.shape:
+            return f"has shape {tuple(q.shape)} in {what}, but {tuple(p.shape)} in the pre-trained model"
+        for x, where in ((p, "the pre-trained model"), (q, what)):
+            if x.is_meta or x.is_inference() or x.layout != torch.strided or not x.isfinite().all():
+                return f"is NaN, infinite, sparse, made in torch.inference_mode or on the meta device in {where}"
+        tied = first[id(p)]
+        return None if torch.equal(q, theta_t[tied]) else f"and {tied!r} are tied in the pre-trained, not in {what}"
+    if not isinstance(p, Tensor) or not isinstance(q, Tensor) or p.dim() == q.dim() == 0 and _is_index(p):
+        return None  # counters may differ
+    numbers = [(x.dequantize() if x.is_quantized else x).cpu().to(torch.complex128) for x in (p, q)]
+    return None if torch.equal(*numbers) else f"differs and is {p.dtype} and {q.dtype}: dequantise it first"
+
+
+def _is_index(p: object) -> bool:  # position ids, counters, masks; or no tensor at all
+    return not isinstance(p, Tensor) or p.dtype in (torch.int16, torch.int32, torch.int64, torch.bool)
+
+
 def _refuse(module: nn.Module) -> None:
     """Raise ValueError for a module that would not run, or not otherwise, with weights from outside."""
     for name, part in module.named_modules():
-        plain = [value for key, value in vars(part).items() if key not in _OF_ONE_PASS and "hook" not in key]
-        plain = [
-            getattr(leaf, "__self__", leaf) for leaf in tree_leaves(plain)
-        ]  # of a bound method, what it is bound to
-        kept = [leaf for leaf in plain if isinstance(leaf, Tensor)]
+        attributes = [value for key, value in vars(part).items() if key not in _MADE_OF and "hook" not in key]
+        kept = [getattr(leaf, "__self__", leaf) for leaf in tree_leaves(attributes)]  # of a method, its module
+        tensors = [leaf for leaf in kept if isinstance(leaf, Tensor)]
+        wrong = None
         if "forward" in vars(part) or isinstance(part, torch.jit.ScriptModule):
-            raise ValueError(
-                f"{name!r}: its forward was replaced (compiled, traced, offloaded). Pass the model before."
-            )
-        if isinstance(part, nn.MultiheadAttention) and not part.batch_first:
-            raise ValueError(f"{name!r} is attention with batch_first=False: λ would mix samples. Use True.")
-        if any(isinstance(leaf, nn.Module) for leaf in plain):
-            raise ValueError(
-                f"{name!r} keeps modules or methods of its own in a list or an attribute: route its parts."
-            )
-        if any(isinstance(p, nn.Parameter) or not p.is_leaf for p in kept):  # as of GRU, or the old weight_norm
-            raise ValueError(f"{name!r} ({type(part).__name__}) keeps its weights elsewhere, too: route other modules.")
+            wrong = "its forward was replaced (compiled, traced, offloaded): pass the model before"
+        elif isinstance(part, nn.MultiheadAttention) and not part.batch_first:
+            wrong = "is attention with batch_first=False: λ would mix samples, use True"
+        elif any(isinstance(leaf, nn.Module) for leaf in kept):
+            wrong = "keeps modules or methods of its own in a list or an attribute: route its parts"
+        elif any(isinstance(p, nn.Parameter) or not p.is_leaf for p in tensors):  # as GRU, or the old weight_norm
+            wrong = f"({type(part).__name__}) keeps its weights elsewhere, too: route other modules"
+        if wrong:
+            raise ValueError(f"{name!r} {wrong}.")
 
 
 def _is_layer(module: nn.Module, tau: Mapping[Tensor, Tensor]) -> bool:
-    """Whether it is merged as one: it holds weights, is computed from some, or looks up what is no sample's (as T5)."""
-    tables, own = nn.Embedding | nn.ParameterList | nn.ParameterDict, _state(module).items()
-    own = any("." not in key and p in tau for key, p in own if isinstance(p, Tensor))
-    return own or hasattr(module, "parametrizations") or any(isinstance(child, tables) for child in module.children())
+    """Whether it is merged as one: it holds weights, is computed from some, or has a table that is no sample's."""
+    own_weights = any("." not in name and isinstance(p, Tensor) and p in tau for name, p in _state(module).items())
+    tables = nn.Embedding | nn.ParameterList | nn.ParameterDict  # as the positions of T5's attention
+    has_table = any(isinstance(child, tables) for child in module.children())
+    return own_weights or has_table or hasattr(module, "parametrizations")
 
 
 def _first_tensor(*arguments: object) -> Tensor:
@@ -736,12 +742,10 @@ def _of_sample(leaf: object, b: int, x: Tensor, batch: int) -> object:
         raise ValueError(f"{what}: leave it out, as use_cache=False does.")
     if not isinstance(leaf, Tensor) or leaf.dim() == 0 or len(leaf) != batch:
         return leaf
-    # A mask (tokens, tokens) when B is the number of tokens, a vector (D,) when B = D: nobody could tell whose it is.
-    if leaf.dim() < x.dim() and batch in x.shape[1 : None if leaf.dim() == 1 else -1]:
-        raise ValueError(
-            f"An argument of shape {tuple(leaf.shape)} may belong to the samples or to another axis of the input "
-            f"{tuple(x.shape)}: use another batch size."
-        )
+    axes = x.shape[1:] if leaf.dim() == 1 else x.shape[1:-1]  # a vector (D,) when B = D, a mask (N, N) when B = N
+    if leaf.dim() < x.dim() and batch in axes:
+        what = f"An argument of shape {tuple(leaf.shape)} may belong to the samples or to another axis of the input"
+        raise ValueError(f"{what} {tuple(x.shape)}: use another batch size.")
     return leaf[b : b + 1]
 
 
@@ -753,18 +757,24 @@ def _selected(model: nn.Module, modules: str | Callable[[str, nn.Module], bool] 
     for name, module in named.items():  # parents come before their children
         if wanted(name, module) and not any(outer == "" or name.startswith(f"{outer}.") for outer in names):
             names.append(name)
-            around = [name.rsplit(".", i)[0] for i in range(name.count(".") + 1)] + [""]
-            attentions = ([m for m in named[n].modules() if isinstance(m, nn.MultiheadAttention)] for n in around)
-            if not all(m.batch_first for m in next(filter(None, attentions), [])):  # the nearest
-                raise ValueError(
-                    f"{name!r} has attention with batch_first=False beside it: λ would mix samples. Use True."
-                )
+            if not _batch_first(name, named):
+                what = f"{name!r} has attention with batch_first=False beside it"
+                raise ValueError(f"{what}: λ would mix samples, use True.")
     if not names:
         what = "No MLP was found" if modules is None else f"modules={modules!r} selects no module with weights"
-        raise ValueError(
-            f"{what} in {type(model).__name__}; choose with modules= among {_quote(filter(None, named), 20)}."
-        )
+        among = _quote(filter(None, named), 20)
+        raise ValueError(f"{what} in {type(model).__name__}; choose with modules= among {among}.")
     return names
+
+
+def _batch_first(name: str, named: Mapping[str, nn.Module]) -> bool:
+    """Whether samples come first in the attention that is nearest: in the module, or in one of those around it."""
+    for i in range(name.count(".") + 2):
+        around = named[name.rsplit(".", i)[0] if i <= name.count(".") else ""]
+        attentions = [module for module in around.modules() if isinstance(module, nn.MultiheadAttention)]
+        if attentions:
+            return all(module.batch_first for module in attentions)
+    return True
 
 
 def _hidden_size(name: str, module: nn.Module) -> int:
@@ -776,16 +786,13 @@ def _hidden_size(name: str, module: nn.Module) -> int:
     return next((m.nx for m in module.modules() if hasattr(m, "nx")), shape[-1])  # GPT-2's Conv1D is (D_in, D_out)
 
 
-def _check_adapt(
-    trainable: list, loaders: Mapping, heads: Mapping, optimizer: object, steps: int, start: int, lr: float
-) -> None:
+def _check_adapt(trainable: list, loaders: Mapping, heads: Mapping, held: list, steps: int, start: int, lr: float):
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in trainable)
-    held = {p for group in optimizer.param_groups for p in group["params"]}
     for found, problem in (
         (not trainable, "the model has nothing to train; give what upscale returns"),
         (half, "in half precision routers do not move: keep what is trained in float32, and use torch.autocast"),
         (any(p.is_inference() for p in trainable), "the model was built in torch.inference_mode: build it outside"),
-        (held.isdisjoint(trainable), "the optimizer holds none of what is trainable in the model"),
+        (set(held).isdisjoint(trainable), "the optimizer holds none of what is trainable in the model"),
         (not loaders, "there are no loaders: the batches of at least one task are needed"),
         (loaders.keys() - heads.keys(), f"there are loaders for {_quote(loaders)}, but heads for {_quote(heads)}"),
         (not 0 <= start < steps or not 0 < lr < math.inf, f"there is nothing to do for {steps=}, {start=} and {lr=}"),

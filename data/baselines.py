@@ -246,15 +246,15 @@ class SparseLinear(MergedLinear):
         self.values = nn.Parameter(dense.transpose(0, 1).flatten()[by_rows], requires_grad=False)
 
     def tau(self, i: int) -> Tensor:
-        return self.rows(slice(0, self.shape[1])).transpose(0, 1) if i == 0 else super().tau(i)
+        return self.rows(slice(0, self.shape[1])) if i == 0 else super().tau(i)
 
     def rows(self, rows: slice) -> Tensor:
         size = self.shape[0] * self.shape[2]  # of one row, all tasks
-        ends = [rows.start * size, rows.stop * size]
+        ends = [rows.start * size, min(rows.stop, self.shape[1]) * size]
         start, stop = torch.searchsorted(self.index, self.index.new_tensor(ends)).tolist()
         tile = self.values.new_zeros(ends[1] - ends[0])
         tile.scatter_(0, self.index[start:stop].long() - ends[0], self.values[start:stop])
-        return tile.view(-1, self.shape[0], self.shape[2])
+        return tile.view(-1, self.shape[0], self.shape[2]).transpose(0, 1)
 
 
 class LowRankLinear(MergedLinear):
@@ -281,8 +281,9 @@ class LowRankLinear(MergedLinear):
         lam = lam.view(len(lam), *[1] * (x.dim() - 2), -1)  # (B, ..., T)
         h = F.linear(x, self.v.flatten(0, 1))  # (B, ..., T · r)
         h = h * lam.to(h.dtype).repeat_interleave(self.v.shape[1], -1)
-        y = F.linear(x, self.weight, self.bias).add_(F.linear(h, self.u.flatten(1)))
-        return y if self.bias is None else y.add_(lam.to(self.bias) @ super().tau(1))
+        weight, bias = self.layer.weight, self.layer.bias
+        y = F.linear(x, weight, bias).add_(F.linear(h, self.u.flatten(1)))
+        return y if bias is None else y.add_(lam.to(bias) @ super().tau(1))
 
 
 def _factors(tau: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -670,7 +670,7 @@ def trained_to_what_is_stored(module: WEMoE, pretrained: nn.Module, finetuned: l
 
 
 @properties
-@given(kinds, task_numbers, batch_sizes, axes, drawn_layers, st.tuples(*[st.sampled_from([1, 3, 99])] * 3), seeds)
+@given(kinds, task_numbers, batch_sizes, axes, drawn_layers, st.sampled_from([1, 99, 9999]), seeds)
 def test_every_form_is_the_dense_module_of_its_own_task_vectors(kind, tasks, batch, tokens, layer, tile, seed):
     pretrained, finetuned = family(kind, 4, tasks, seed)
     router, x = randomised(Router(4, tasks)), torch.randn(batch, *tokens, 4)
