@@ -45,7 +45,9 @@ def entries(module: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """The parameters and buffers of an unpickled module by name, as its state_dict() would have given them."""
     fields = {"_parameters": module} if isinstance(module, dict) else getattr(module, "state", {})
     for kind in ("_parameters", "_buffers"):
-        yield from ((prefix + name, value) for name, value in fields.get(kind, {}).items() if isinstance(value, Tensor))
+        for name, value in fields.get(kind, {}).items():
+            if isinstance(value, Tensor):
+                yield prefix + name, value.detach()
     for name, child in fields.get("_modules", {}).items():
         yield from entries(child, f"{prefix}{name}.")
 

@@ -57,12 +57,10 @@ class Architecture(NamedTuple):
     experts: str | None
 
 
-def read_tasks(path: Path) -> dict[str, Task]:
-    tasks = json.loads(path.read_text(encoding="utf-8"))["tasks"]
-    return {task["name"]: Task(**task.pop("dataset"), **task) for task in tasks}
-
-
-TASKS = read_tasks(Path(__file__).with_name("tasks.json"))
+TASKS = {
+    task["name"]: Task(**task.pop("dataset"), **task)
+    for task in json.loads(Path(__file__).with_name("tasks.json").read_text(encoding="utf-8"))["tasks"]
+}
 # OpenAI's weights need QuickGELU; with open_clip's plain names they would load too, and silently lose accuracy.
 ARCHITECTURES = {
     name: Architecture(name, f"{name}-quickgelu", "openai", f"timm/{timm}_clip_224.openai", f"tanganke/{expert}_{{}}")

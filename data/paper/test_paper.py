@@ -418,7 +418,8 @@ def test_authors_experts(tmp_path):
     assert same(found.experts["MNIST"], finetuned.visual.state_dict())
     assert all(v.dtype == torch.float32 for v in found.experts["SVHN"].values())
     assert torch.equal(found.experts["SVHN"]["conv1.weight"], half.visual.conv1.weight.float())
-    assert torch.equal(found.heads["MNIST"], weight.T)
+    assert torch.equal(found.heads["MNIST"], weight.T) and not found.heads["MNIST"].requires_grad
+    assert not any(value.requires_grad for value in found.experts["MNIST"].values())
     x = torch.randn(2, 3, 32, 32)
     assert torch.allclose(found.visual(x), pretrained.visual(x), atol=1e-6)
 
