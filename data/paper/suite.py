@@ -93,11 +93,11 @@ OUR_NAMES = {
 
 def published_rows(arch: str, from_hub: bool) -> dict[str, dict]:
     """Method -> accuracies by task: measured on the hub's checkpoints, or the paper's own, on the authors'."""
-    if from_hub:
-        rows = hub_rows(arch)
-    else:
-        tables = [paper_tables()[number] for number in ("10", "2", "3")]  # of two rows of one name, the last counts
-        rows = [dict(row, source="paper") for table in tables if table["model"] == arch for row in table["rows"]]
+    rows = [dict(row, source="hub") for row in hub_rows(arch) if row.get("source", "hub") == "hub"]
+    if not from_hub:
+        tables = paper_tables()
+        rows = [dict(row, source="paper") for number in ("10", "2", "3") for row in tables[number]["rows"]
+                if tables[number]["model"] == arch]  # fmt: skip
     named = {OUR_NAMES.get(row["method"], row["method"]): row for row in rows}
     return {name: dict(row, method=name, accuracy=dict(zip(hub.TASKS, row["accuracy"]))) for name, row in named.items()}
 
