@@ -398,6 +398,10 @@ def old():
         yield classes
 
 
+def shapes_of(state):
+    return {name: value.shape for name, value in state.items()}
+
+
 def test_authors_experts(tmp_path):
     folder, weight = tmp_path / "tiny", torch.randn(10, 48)
     pretrained, finetuned, half = tower_like(2), tower_like(3), tower_like(4).half()
@@ -425,7 +429,7 @@ def test_authors_experts(tmp_path):
 
 
 def test_authors_files_refused(tmp_path, old, model):
-    shapes, path = {name: value.shape for name, value in model.visual.state_dict().items()}, tmp_path / "finetuned.pt"
+    shapes, path = shapes_of(model.visual.state_dict()), tmp_path / "finetuned.pt"
 
     def refuses(thing, sentence, legacy=False):
         torch.save(thing, path, _use_new_zipfile_serialization=not legacy)
@@ -462,33 +466,30 @@ def test_truncated_files_are_refused(tmp_path, old):
     check()
 
 
-class Call:
-    """Unpickled in the ordinary way, it evaluates a line of Python."""
-
-    def __init__(self, line):
-        self.line = line
+class EvilToo(Evil):
+    """By a function that torch does not block."""
 
     def __reduce__(self):
-        return eval, (self.line,)
+        return eval, (f"open({self.marker!r}, 'w')",)
 
 
 def test_malicious_modules_execute_nothing(tmp_path, old, model, monkeypatch):
     """Hidden within a module that is otherwise in order: the call is inert, or the file is refused."""
     monkeypatch.chdir(tmp_path)
-    shapes = {name: value.shape for name, value in model.visual.state_dict().items()}
+    shapes = shapes_of(model.visual.state_dict())
     encoder = old.encoder(SimpleNamespace(visual=tower_like(6).visual, logit_scale=nn.Parameter(torch.zeros(()))))
-    for trap in (Call("open('marker', 'w')"), Evil("marker")):
+    for trap in (EvilToo("marker"), Evil("marker")):
         encoder.trap = trap
-        encoder.model.visual.conv1.trap = [trap, {"more": trap, Call: [Evil, Call]}]
+        encoder.model.visual.conv1.trap = [trap, {"more": trap, Evil: [EvilToo]}]
         torch.save(encoder, "evil.pt")
         torch.load("evil.pt", weights_only=False)
         Path("marker").unlink()  # so the file does work on the unwary
-        if isinstance(trap, Evil):
-            with refused("evil.pt is not a module.*posix.system"):
-                authors.read_tower(Path("evil.pt"), shapes)
-        else:
+        if isinstance(trap, EvilToo):
             tower = authors.read_tower(Path("evil.pt"), shapes)
             assert torch.equal(tower["conv1.weight"], encoder.model.visual.conv1.weight)
+        else:
+            with refused("evil.pt is not a module.*posix.system"):
+                authors.read_tower(Path("evil.pt"), shapes)
         assert not Path("marker").exists()
 
 
