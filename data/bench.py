@@ -6,10 +6,8 @@ Times are medians of interleaved runs; peak memory is that of a process of its o
 import argparse
 import copy
 import ctypes
-import functools
 import gc
 import json
-import logging
 import multiprocessing
 import platform
 import re
@@ -17,6 +15,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import open_clip
@@ -58,7 +57,6 @@ def bench(arguments: list[str]) -> bool:
     parsed = parse(arguments)
     arch, tasks, device, kind = parsed.arch, parsed.tasks, parsed.device, parsed.precision
     output, gpu = parsed.output / "bench", parsed.device != "cpu"
-    output.mkdir(parents=True, exist_ok=True)
     torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
     machine = torch.cuda.get_device_name(device) if gpu else f"{cpu_name()}, {torch.get_num_threads()} threads"
     say(f"{arch}, {tasks} tasks, {kind}; {machine}")
@@ -98,7 +96,7 @@ def bench(arguments: list[str]) -> bool:
         times["tasks"][count] = seconds
     row(f"forward, B = {len(x)}: 20 tasks / {tasks} tasks", growth, 1.25)
     del more, more_loop, loop
-    _, low, _ = random_towers(arch, tasks, device, layer=functools.partial(LowRankLinear, rank=16))
+    _, low, _ = random_towers(arch, tasks, device, layer=partial(LowRankLinear, rank=16))
     seconds = results["rank 16"] = forwards(x, dense=dense, low=low)
     row(f"forward, B = {len(x)}: rank 16 / dense", seconds["low"] / seconds["dense"], 1.25)
     del low
@@ -110,7 +108,7 @@ def bench(arguments: list[str]) -> bool:
     results["peak_bytes"] = dict(zip(("dense", "ours"), peaks))
     row(f"memory of a step, B = {len(x)}, beyond the model: ours / dense", peaks[1] / peaks[0], 1.5)
     figure = report.draw_times(times["batch"], dict(sorted(times["tasks"].items())))
-    write(output / "time.png", functools.partial(report.save, figure))
+    write(output / "time.png", partial(report.save, figure))
     say(f"Results and a plot are in {output}/.")
     return all(row["holds"] for row in results["rows"])
 
@@ -146,9 +144,7 @@ class PerSampleLoop(nn.Module):
 def random_towers(arch: str, tasks: int, device: str, **options) -> tuple[nn.Module, nn.Module, nn.Module]:
     """A vision tower with random weights, one upscaled from it and `tasks` others near it, and the latter as a loop."""
     torch.manual_seed(0)
-    logging.disable(logging.WARNING)  # that the weights are random
-    dense = open_clip.create_model(ARCHITECTURES[arch].model).visual.eval().requires_grad_(False)
-    logging.disable(logging.NOTSET)
+    dense = open_clip.CLIP(**open_clip.get_model_config(ARCHITECTURES[arch].model)).visual.eval().requires_grad_(False)
     finetuned = [copy.deepcopy(dense) for _ in range(tasks)]
     for p in (p for model in finetuned for p in model.parameters()):
         p.add_(torch.randn_like(p), alpha=1e-3)
@@ -171,7 +167,7 @@ def random_images(arch: str, batch: int, device: str) -> Tensor:
 
 
 def forward_of(model: nn.Module, x: Tensor, kind: str) -> Callable[[], Tensor]:
-    return torch.no_grad()(precision(x.device, kind)(functools.partial(model, x)))
+    return torch.no_grad()(precision(x.device, kind)(partial(model, x)))
 
 
 def step_of(model: nn.Module, x: Tensor, kind: str) -> Callable[[], None]:
@@ -198,24 +194,22 @@ def step_alone(which: int, arch: str, tasks: int, batch: int, device: str, kind:
 
 
 def medians(functions: dict[str, Callable[[], object]], device: torch.device, seconds: float = 20) -> dict[str, float]:
-    """Seconds that each function takes: the median of at least three runs, all functions taking turns."""
+    """Seconds that each function takes: the median of three to fifty runs, all functions taking turns."""
     times: dict[str, list[float]] = {name: [] for name in functions}
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     for function in functions.values():
         function()  # the first run allocates and chooses algorithms
     end = time.perf_counter() + seconds
-    while len(next(iter(times.values()))) < 3 or (time.perf_counter() < end and len(next(iter(times.values()))) < 50):
+    for run in range(50):
+        if run >= 3 and time.perf_counter() > end:
+            break
         for name, function in functions.items():
-            synchronise(device)
+            wait()
             start = time.perf_counter()
             function()
-            synchronise(device)
+            wait()
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def peak_bytes(function: Callable, *arguments) -> int:
@@ -235,17 +229,16 @@ def measure_peak(function: Callable, *arguments) -> int:
         before = torch.cuda.memory_allocated(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
-    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not clear.exists():
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        call()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # bytes on macOS
     getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # freed memory goes back (glibc), lest the call find it there
-    before = kilobytes(status, "VmRSS")
-    clear.write_text("5")  # the highest so far is now
+    before, clear = resident_bytes("VmRSS"), Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5")  # the highest so far is now
     call()
-    return 1024 * (kilobytes(status, "VmHWM") - before)
+    return resident_bytes("VmHWM") - before
 
 
-def kilobytes(status: Path, field: str) -> int:
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
+def resident_bytes(field: str) -> int:
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # the highest so far, in bytes on macOS
+    return next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))

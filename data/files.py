@@ -24,8 +24,20 @@ def some(names: Iterable[str], limit: int = 6) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "") or "nothing"
 
 
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"cannot make the folder {folder} ({one_line(error)}): choose another --output or --cache"
+        raise InputError(message) from error
+
+
 def write(file: Path, save: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all; several processes may write the same one. Raises InputError if it cannot be."""
+    """Write a file whole or not at all, and the folder that it is in; several processes may write the same one.
+
+    Raises InputError if it cannot be written.
+    """
+    make_folder(file.parent)
     aside = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
         save(aside)
@@ -51,7 +63,7 @@ def read_kept(path: Path, load: Callable[[Path], Any]) -> Any:
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """While this lasts, no other run may write into the folder. Raises InputError if one does already."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)

@@ -7,6 +7,7 @@ turned, zoomed, shifted, relit and blemished. All chance comes from the picture'
 import math
 import random
 from functools import cache, partial
+from itertools import product
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -235,11 +236,10 @@ def draw_aerial(name: str, rng: random.Random) -> Canvas:
         c.poly(c.near((85, 165, 80), 15), x, y + 0.4, x - 0.28 * s, y + 0.1, x, y - 0.2 * s, x + 0.28 * s, y + 0.1)
     elif name == "storage tanks":
         n, shade = rng.choice([2, 3]), c.near((215, 215, 215))
-        for i in range(n):
-            for j in range(2):
-                tx, ty, r = x + 0.75 * (i - n / 2 + 0.5), y + 0.75 * (j - 0.5), 0.32 * u(0.8, 1.1)
-                c.disc(c.near((75, 75, 75)), tx + 0.08, ty + 0.08, r)
-                c.disc(shade, tx, ty, r)
+        for i, j in product(range(n), range(2)):
+            tx, ty, r = x + 0.75 * (i - n / 2 + 0.5), y + 0.75 * (j - 0.5), 0.32 * u(0.8, 1.1)
+            c.disc(c.near((75, 75, 75)), tx + 0.08, ty + 0.08, r)
+            c.disc(shade, tx, ty, r)
     elif name == "railway":
         c.box(c.near((135, 120, 105)), x - 0.55, -1.5, x + 0.55, 1.5)
         for k in (-0.35, 0.0, 0.35)[: rng.choice([2, 3])]:
@@ -249,11 +249,10 @@ def draw_aerial(name: str, rng: random.Random) -> Canvas:
                 c.line(c.near((70, 70, 75)), 0.05, rail, -1.5, rail, 1.5)
     elif name == "parking lot":
         c.box(c.near((100, 100, 105), 12), -1.1 * s, -1 * s, 1.1 * s, 1 * s)
-        for i in range(6):
-            for j in range(3):
-                if rng.random() < 0.8:
-                    px, py = x - 0.95 + 0.33 * i, y - 0.8 + 0.65 * j
-                    c.box(c.any(40, 250), px, py, px + 0.2, py + 0.38)
+        for i, j in product(range(6), range(3)):
+            if rng.random() < 0.8:
+                px, py = x - 0.95 + 0.33 * i, y - 0.8 + 0.65 * j
+                c.box(c.any(40, 250), px, py, px + 0.2, py + 0.38)
     else:  # airplane
         c.box(c.near((165, 165, 165), 15), *EVERYWHERE)
         w, white = u(0.6, 0.85) * s, c.near((245, 245, 245), 10)
@@ -276,9 +275,8 @@ def draw_land(name: str, rng: random.Random) -> Canvas:
         for k in range(-8, 9):
             c.line(c.near(tuple(v - 45 for v in field), 12), 0.08, 0.19 * k, -1.5, 0.19 * k, 1.5)
     elif name == "permanent crop":
-        for i in range(-4, 5):
-            for j in range(-4, 5):
-                c.disc(c.near((55, 95, 50), 15), 0.33 * i + u(-0.03, 0.03), 0.33 * j + u(-0.03, 0.03), 0.12)
+        for i, j in product(range(-4, 5), repeat=2):
+            c.disc(c.near((55, 95, 50), 15), 0.33 * i + u(-0.03, 0.03), 0.33 * j + u(-0.03, 0.03), 0.12)
     elif name == "forest":
         c.box(c.near((40, 75, 45), 12), *EVERYWHERE)
         c.scatter((40, 80, 45), 40, 0.16, 16)
@@ -296,11 +294,10 @@ def draw_land(name: str, rng: random.Random) -> Canvas:
         c.line(c.near((90, 90, 80)), 0.06, x - bend, -1.5, x, 0, x + bend, 1.5)
     elif name == "industry":
         c.box(c.near((140, 135, 135), 12), *EVERYWHERE)
-        for i in range(-1, 2):
-            for j in range(-1, 2):
-                x, y = 0.95 * i + u(-0.1, 0.1), 0.8 * j + u(-0.1, 0.1)
-                roof = rng.choice([(225, 225, 230), (190, 195, 205), (120, 140, 175)])
-                c.box(roof, x - 0.38, y - 0.28, x + u(0.2, 0.4), y + 0.25)
+        for i, j in product(range(-1, 2), repeat=2):
+            x, y = 0.95 * i + u(-0.1, 0.1), 0.8 * j + u(-0.1, 0.1)
+            roof = rng.choice([(225, 225, 230), (190, 195, 205), (120, 140, 175)])
+            c.box(roof, x - 0.38, y - 0.28, x + u(0.2, 0.4), y + 0.25)
     elif name == "homes":
         c.box(c.near((120, 140, 95), 15), *EVERYWHERE)
         for i in range(-3, 4):
@@ -424,7 +421,7 @@ def draw_texture(name: str, rng: random.Random) -> Canvas:
     c.box(back, *EVERYWHERE)
     step, w = u(0.3, 0.5), u(0.08, 0.16)
     n = range(-int(1.5 / step) - 1, int(1.5 / step) + 2)
-    cells = [(step * i, step * j, i, j) for i in n for j in n]
+    cells = [(step * i, step * j, i, j) for i, j in product(n, repeat=2)]
     if name == "banded":
         for i in n:
             c.box(c.near(ink), -1.5, step * i, 1.5, step * (i + u(0.35, 0.6)))

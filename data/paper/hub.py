@@ -5,23 +5,24 @@ own name, as `hf download REPO --local-dir DIR/REPO` makes it. Whatever cannot b
 """
 
 import json
+import math
 import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import huggingface_hub
-import numpy as np
 import open_clip
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.file_download import repo_folder_name
-from open_clip.transform import PreprocessCfg
+from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+from open_clip.utils import to_2tuple
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -56,12 +57,10 @@ class Architecture(NamedTuple):
     experts: str | None
 
 
-def read_tasks(path: Path) -> dict[str, Task]:
-    tasks = json.loads(path.read_text(encoding="utf-8"))["tasks"]
-    return {task["name"]: Task(**task.pop("dataset"), **task) for task in tasks}
-
-
-TASKS = read_tasks(Path(__file__).with_name("tasks.json"))
+TASKS = {
+    task["name"]: Task(**task.pop("dataset"), **task)
+    for task in json.loads(Path(__file__).with_name("tasks.json").read_text(encoding="utf-8"))["tasks"]
+}
 # OpenAI's weights need QuickGELU; with open_clip's plain names they would load too, and silently lose accuracy.
 ARCHITECTURES = {
     name: Architecture(name, f"{name}-quickgelu", "openai", f"timm/{timm}_clip_224.openai", f"tanganke/{expert}_{{}}")
@@ -86,39 +85,41 @@ def architecture(name: str, pretrained: str = "openai") -> Architecture:
 
 def preprocessing(arch: Architecture) -> PreprocessCfg:
     """How open_clip prepares images for this model: size (H, W), interpolation, cropping, mean and deviation."""
-    tag = open_clip.get_pretrained_cfg(arch.model, arch.pretrained)
-    given = {key: tag[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in tag}
     size = open_clip.get_model_config(arch.model)["vision_cfg"].get("image_size", 224)
-    return PreprocessCfg(size=tuple(size) if isinstance(size, list | tuple) else (size, size), **given)
+    tag = open_clip.get_pretrained_cfg(arch.model, arch.pretrained)
+    return PreprocessCfg(**merge_preprocess_dict({**tag, "size": to_2tuple(size)}, {}))
 
 
 # ------------------------------------------------------------------------------------------------ the hub or its mirror
 
 
 class Repository(NamedTuple):
-    """One repository's files and their sizes in bytes: on disk in `folder`, or on the hub at the commit `revision`."""
+    """One repository's files and their sizes in bytes, in a folder of a mirror or of the hub client's cache.
+
+    `revision` is the commit on the hub from which the cache gets the files that it lacks; None without a hub.
+    """
 
     name: str
     kind: str
+    folder: Path
     sizes: dict[str, int]
-    folder: Path | None = None
     revision: str | None = None
     card: Mapping[str, Any] = {}
 
+    @property
+    def where(self) -> object:
+        return self.folder if self.revision is None else self.name
+
     def on_disk(self, file: str) -> Path | None:
-        """Where a file is already, in the mirror or in the hub client's own cache; None: still to download."""
-        if self.folder:
-            return self.folder / file
-        found = huggingface_hub.try_to_load_from_cache(self.name, file, revision=self.revision, repo_type=self.kind)
-        return Path(found) if isinstance(found, str) else None
+        """Where a file is already; None: still to download."""
+        path = self.folder / file
+        return path if self.revision is None or path.exists() else None
 
     def fetch(self, file: str) -> Path:
         """The file on disk, downloaded if need be. Raises InputError when that fails or something else lies there."""
         path = self.on_disk(file)
         try:
-            path = path or Path(
-                huggingface_hub.hf_hub_download(self.name, file, repo_type=self.kind, revision=self.revision)
-            )
+            path = path or Path(hf_hub_download(self.name, file, repo_type=self.kind, revision=self.revision))
         except Exception as error:  # the transports' errors have no common class
             raise InputError(f"cannot download {file} of {self.name}: {one_line(error)}") from error
         refuse_mistaken(path)
@@ -129,46 +130,34 @@ class Repository(NamedTuple):
         for file in files:
             if file in self.sizes:
                 return file
-        raise InputError(f"{self.folder or self.name} has no {' or '.join(files)}; it has: {some(self.sizes)}")
+        raise InputError(f"{self.where} has no {' or '.join(files)}; it has: {some(self.sizes)}")
 
 
 def repository(name: str, kind: str, hub: Path | None) -> Repository:
-    """List a repository: `kind` is "model" or "dataset". Without a network, what an earlier run has downloaded will do.
+    """List a repository: `kind` is "model" or "dataset". Without a network, what an earlier run has downloaded will do:
+    the fullest, then latest, snapshot in the hub client's cache, be it partial.
 
-    Raises InputError when it is neither in the mirror, nor on the hub, nor in the hub client's cache.
+    (`snapshot_download` without a network finds only what refs/main names, and a download by commit writes none.)
+    Raises InputError when it is neither in the mirror, nor on the hub, nor in the cache.
     """
-    if hub is None:
+    if hub is not None:
+        folder = Path(hub) / name
+    else:
+        snapshots = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=kind), "snapshots")
         try:
             info = HfApi().repo_info(name, repo_type=kind, files_metadata=True)
             sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-            return Repository(name, kind, sizes, revision=info.sha, card=info.card_data or {})
+            return Repository(name, kind, snapshots / info.sha, sizes, info.sha, info.card_data or {})
         except Exception as error:
-            folder = downloaded(name, kind)
-            if folder is None:
+            found = [(len(files_in(path)), path.stat().st_mtime, path) for path in snapshots.glob("*")]
+            count, _, folder = max(found, default=(0, 0, None))
+            if not count:
                 message = f"cannot reach {name} on the model hub ({one_line(error)}); --hub DIR reads a mirror on disk"
                 raise InputError(message) from error
-    else:
-        folder = Path(hub) / name
     sizes = files_in(folder)
     if not sizes:
         raise InputError(f"the mirror has no files in {folder}; `hf download {name} --local-dir {folder}` gets them")
-    return Repository(name, kind, sizes, folder=folder)
-
-
-def downloaded(name: str, kind: str) -> Path | None:
-    """The fullest, then latest, snapshot in the hub client's cache, be it partial; None when there is none.
-
-    (`snapshot_download` without a network finds only what refs/main names, and a download by commit writes none.)
-    """
-    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
-    snapshots = {
-        path: files_in(path) for path in cache.glob(f"{repo_folder_name(repo_id=name, repo_type=kind)}/snapshots/*")
-    }
-    return max(
-        (path for path, files in snapshots.items() if files),
-        key=lambda path: (len(snapshots[path]), path.stat().st_mtime),
-        default=None,
-    )
+    return Repository(name, kind, folder, sizes)
 
 
 def files_in(folder: Path) -> dict[str, int]:
@@ -182,21 +171,24 @@ def files_in(folder: Path) -> dict[str, int]:
     return sizes
 
 
+SHARD = re.compile(r"((?P<folder>.*)/)?(?P<split>[^/]+?)(-(?P<number>\d{5})-of-(?P<count>\d{5})(-\w+)?)?\.parquet")
+
+
 def shards(repo: Repository, config: str | None, split: str) -> list[str]:
     """The parquet files of one split, in order: [CONFIG/]SPLIT-00000-of-0000N.parquet in one folder, all N of them.
 
     Raises InputError for a missing split, for missing shards, and for shards of several versions or configurations.
     """
-    pattern = re.compile(r"(?:(.*)/)?([^/]+?)(?:-(\d{5})-of-(\d{5})(?:-\w+)?)?\.parquet")
-    found = [(match, file) for file in sorted(repo.sizes) if (match := pattern.fullmatch(file))]
-    if config is not None:
-        found = [(match, file) for match, file in found if (match[1] or "").split("/")[-1] == config]
-    files = [file for match, file in found if match[2] == split]
-    where = f"{repo.folder or repo.name}{f', configuration {config},' if config else ''}"
+    found = [match for file in sorted(repo.sizes) if (match := SHARD.fullmatch(file))]
+    found = [match for match in found if config in (None, (match["folder"] or "").split("/")[-1])]
+    files = [match[0] for match in found if match["split"] == split]
+    where = f"{repo.where}{f', configuration {config},' if config else ''}"
     if not files:
-        raise InputError(f"{where} has no split {split!r} in parquet files; it has: {some({m[2] for m, _ in found})}")
-    numbers = [(match[1], match[4] or "1", int(match[3] or 0)) for match, _ in found if match[2] == split]
-    if numbers != [(numbers[0][0], numbers[0][1], k) for k in range(int(numbers[0][1]))]:
+        splits = some({match["split"] for match in found})
+        raise InputError(f"{where} has no split {split!r} in parquet files; it has: {splits}")
+    parts = [(m["folder"], int(m["count"] or 1), int(m["number"] or 0)) for m in found if m["split"] == split]
+    folder, count, _ = parts[0]
+    if parts != [(folder, count, number) for number in range(count)]:
         raise InputError(f"{where} should have all shards of the split {split!r} in one folder, but has: {some(files)}")
     return files
 
@@ -220,15 +212,6 @@ def refuse_mistaken(path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- the plan
 
 
-class Item(NamedTuple):
-    """Something that a run needs on disk: `bytes` in size, made in the folder `place` unless `present` already."""
-
-    what: str
-    bytes: int
-    present: bool
-    place: Path
-
-
 def plan(
     arch: Architecture,
     cache: Path,
@@ -237,17 +220,18 @@ def plan(
     tasks: Iterable[str] = TASKS,
     weights: bool = True,
     experts: bool = True,
-    splits: Iterable[str] = ("test",),
+    splits: Collection[str] = ("test",),
     limit: int | None = None,
-) -> list[Item]:
-    """What a run will download (pre-trained weights, experts, data sets) and decode into `cache`: the hub's metadata.
+) -> Counter[str]:
+    """The bytes of weights, experts and images that a run will "download", "decode" into `cache`, and has "present".
 
     Raises InputError when the hub cannot be reached or a file is missing, so that a long run does not start in vain.
     """
-    items, downloads, splits, passing = [], Path(huggingface_hub.constants.HF_HUB_CACHE), list(splits), 0
+    size, passing, prep = Counter(download=0, decode=0, present=0), 0, preprocessing(arch)
 
     def need(repo: Repository, files: list[str]) -> None:
-        items.extend(Item(f"{repo.name}: {f}", repo.sizes[f], repo.on_disk(f) is not None, downloads) for f in files)
+        for file in files:
+            size["present" if repo.on_disk(file) else "download"] += repo.sizes[file]
 
     if weights and arch.repo:
         repo = repository(arch.repo, "model", hub)
@@ -260,24 +244,13 @@ def plan(
         for split in splits:
             files = shards(repo, task.config, split)
             need(repo, files)
-            items.append(decoded_item(task, repo, files, preprocessing(arch), cache, split, limit))
-            if not items[-1].present:
-                passing = max(passing, sum(repo.sizes[file] for file in files))
-    if passing:
-        items.append(Item("a passing copy of one split until it is decoded", passing, False, Path(cache)))
-    return items
-
-
-def decoded_item(
-    task: Task, repo: Repository, files: list[str], prep: PreprocessCfg, cache: Path, split: str, limit: int | None
-) -> Item:
-    paths = [repo.on_disk(file) for file in files]
-    if all(paths):
-        count, present = rows(paths), cache_path(task, prep, cache, repo, paths, split, limit).exists()
-    else:
-        count, present = announced_rows(repo.card, task, split), False
-    count = min(count, limit or count)
-    return Item(f"{task.name} {split} images, decoded", count * int(np.prod(prep.input_size)), present, Path(cache))
+            paths = [repo.on_disk(file) for file in files]
+            count = rows(paths) if all(paths) else announced_rows(repo.card, task, split)
+            done = all(paths) and cache_path(task, prep, cache, repo, paths, split, limit).exists()
+            size["present" if done else "decode"] += min(count, limit or count) * math.prod(prep.input_size)
+            passing = max(passing, 0 if done else sum(repo.sizes[file] for file in files))
+    size["decode"] += passing  # a copy of one split at a time, until it is decoded
+    return size
 
 
 def rows(paths: Iterable[Path]) -> int:
@@ -290,46 +263,39 @@ def rows(paths: Iterable[Path]) -> int:
 def announced_rows(card: Mapping[str, Any], task: Task, split: str) -> int:
     """The number of images that the data set's card states; for the test split the facts file knows it anyway."""
     infos = card.get("dataset_info") or []
-    for info in [infos] if isinstance(infos, Mapping) else infos:
-        for entry in info.get("splits", ()) if task.config in (None, info.get("config_name")) else ():
-            if entry.get("name") == split:
-                return int(entry["num_examples"])
-    return task.images
+    infos = [infos] if isinstance(infos, Mapping) else infos
+    splits = [s for info in infos if task.config in (None, info.get("config_name")) for s in info.get("splits", ())]
+    return next((int(entry["num_examples"]) for entry in splits if entry.get("name") == split), task.images)
 
 
 def cache_path(
     task: Task, prep: PreprocessCfg, cache: Path, repo: Repository, paths: list[Path], split: str, limit: int | None
 ) -> Path:
     """The decoded images' file, named after all that they depend on: the source files' sizes and times among it."""
-    if repo.folder:  # a parquet file may name images that lie beside it
-        kinds = Image.registered_extensions()
-        paths = [*paths, *(repo.folder / file for file in sorted(repo.sizes) if Path(file).suffix.lower() in kinds)]
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    kinds = Image.registered_extensions()  # a parquet file may name images that lie beside it
+    beside = [repo.on_disk(file) for file in sorted(repo.sizes) if Path(file).suffix.lower() in kinds]
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in filter(None, [*paths, *beside])]
     key = fingerprint(task.repo, task.config, task.image_column, split, vars(prep), stats)
     first = f"-first{limit}" if limit else ""
     return Path(cache) / f"{task.name}-{split}{first}-{key}.npy"
 
 
-def check_space(items: Iterable[Item]) -> None:
-    """Raise InputError when the absent items do not fit the free space of the file systems that they go to."""
-    items = list(items)
+def check_space(size: Counter[str], cache: Path) -> None:
+    """Raise InputError when what is to be made does not fit the free space of the file systems that it goes to."""
     needed: Counter[int] = Counter()
     places = {}
-    for item in items:
-        place = next(p for p in (item.place.absolute(), *item.place.absolute().parents) if p.exists())
+    for what, folder in (("download", Path(constants.HF_HUB_CACHE)), ("decode", Path(cache))):
+        place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
         places[place.stat().st_dev] = place
-        needed[place.stat().st_dev] += 0 if item.present else item.bytes
+        needed[place.stat().st_dev] += size[what]
     for device, place in places.items():
         if needed[device] > (free := shutil.disk_usage(place).free):
             short = f"{place} has {free / 1e9:.1f} GB free, but {needed[device] / 1e9:.1f} GB are needed there"
-            raise InputError(f"{short}: {summary(items)}; free some, or move --cache or the hub's HF_HOME")
+            raise InputError(f"{short}: {summary(size)}; free some, or move --cache or the hub's HF_HOME")
 
 
-def summary(items: Iterable[Item]) -> str:
-    """The plan in one line, sizes in GB."""
-    size: Counter[str] = Counter()
-    for item in items:
-        size["present" if item.present else "decode" if item.what.endswith("decoded") else "download"] += item.bytes
+def summary(size: Counter[str]) -> str:
+    """The plan in one line."""
     download, decode, present = (f"{size[key] / 1e9:.1f} GB" for key in ("download", "decode", "present"))
     return f"{download} to download and {decode} for decoding images ({present} are there already)"
 
@@ -355,7 +321,7 @@ def load_pretrained(arch: Architecture, hub: Path | None = None) -> open_clip.CL
     except Exception as error:  # open_clip lets through whatever torch, safetensors and the hub client raise
         raise InputError(f"cannot load the weights of {arch.model} from {source}: {one_line(error)}") from error
     open_clip.set_model_preprocess_cfg(model, vars(preprocessing(arch)))
-    refuse_unusable(model.state_dict(), {}, source)
+    refuse_infinite(model.state_dict(), source)
     return model.eval()
 
 
@@ -381,8 +347,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         state = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in many ways
+        cause = one_line(error.__context__ or error)  # without torch's advice to run what is in the file
         advice = "" if safe else "; code in a pickle is never run, and model.safetensors is the safe format"
-        raise InputError(f"{path} is not a readable weight file: {one_line(error)}{advice}") from error
+        raise InputError(f"{path} is not a readable weight file: {cause}{advice}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path} should hold tensors by name, the state dict of a CLIPVisionModel, and nothing else")
     return state
@@ -399,8 +366,7 @@ def from_hugging_face(state: Mapping[str, Tensor], visual: nn.Module, source: An
     parts = {name: [prefix + part for part in hugging_face_names(name)] for name in own if name != "proj"}
     shapes = {}
     for name, names in parts.items():
-        rows, *columns = own[name].shape
-        shapes.update((part, (rows // len(names), *columns)) for part in names)
+        shapes.update((part, rows.shape) for part, rows in zip(names, own[name].chunk(len(names))))
     state = {name: value for name, value in state.items() if not name.endswith("position_ids")}
     refuse_unusable(state, shapes, source)
     tower = {name: torch.cat([state[part].float() for part in names]) for name, names in parts.items()}
@@ -427,17 +393,21 @@ def hugging_face_names(name: str) -> list[str]:
 
 
 def refuse_unusable(state: Mapping[str, Tensor], shapes: Mapping[str, Iterable[int]], source: Any) -> None:
-    """Raise InputError for an entry that is missing, surplus, misshapen (unless `shapes` is empty) or not finite."""
-    if shapes and (missing := shapes.keys() - state.keys()):
+    """Raise InputError for an entry that is missing, surplus, misshapen, an integer or not finite."""
+    if missing := shapes.keys() - state.keys():
         raise InputError(f"{source} lacks {some(missing)}")
-    if shapes and (surplus := state.keys() - shapes.keys()):
+    if surplus := state.keys() - shapes.keys():
         raise InputError(f"{source} has entries that the architecture does not know: {some(surplus)}")
     for name, value in state.items():
-        if shapes and value.shape != torch.Size(shapes[name]):
-            shape = tuple(value.shape)
-            raise InputError(f"{source}: {name} has the shape {shape}, the architecture needs {tuple(shapes[name])}")
-        if shapes and not value.is_floating_point():
+        if (shape := tuple(value.shape)) != (needed := tuple(shapes[name])):
+            raise InputError(f"{source}: {name} has the shape {shape}, the architecture needs {needed}")
+        if not value.is_floating_point():
             raise InputError(f"{source}: {name} has the dtype {value.dtype}; floating-point weights are needed")
+    refuse_infinite(state, source)
+
+
+def refuse_infinite(state: Mapping[str, Tensor], source: Any) -> None:
+    for name, value in state.items():
         if not value.isfinite().all():
             raise InputError(f"{source}: {name} has values that are not finite")
 
@@ -445,34 +415,21 @@ def refuse_unusable(state: Mapping[str, Tensor], shapes: Mapping[str, Iterable[i
 # ------------------------------------------------------------------------------------------------------------ the heads
 
 
-def zero_shot_head(model: open_clip.CLIP, arch: Architecture, task: str) -> Tensor:
-    """The task's classifier (D, C), times CLIP's logit scale: logits = normalised image features @ head."""
-    spec, tokenizer = TASKS[task], open_clip.get_tokenizer(arch.model)
-    device = model.logit_scale.device
-    head = open_clip.build_zero_shot_classifier(model, tokenizer, spec.classes, spec.templates, device=device)
-    return head * model.logit_scale.exp().detach()
-
-
 def zero_shot_heads(
     model: open_clip.CLIP, arch: Architecture, cache: Path, tasks: Iterable[str] = TASKS
 ) -> dict[str, Tensor]:
-    """The heads of all tasks, kept in `cache` under the text tower's weights, the class names and the templates."""
+    """The tasks' classifiers (D, C), times CLIP's logit scale: logits = normalised image features @ head.
+
+    They are kept in `cache` under the text tower's weights, the class names and the templates.
+    """
     text = fingerprint(*(p.cpu().numpy() for name, p in model.state_dict().items() if not name.startswith("visual.")))
-    heads = {}
-    with tqdm(list(tasks), desc="zero-shot heads") as names:
-        for task in names:
-            key = fingerprint(arch.model, text, TASKS[task].templates, TASKS[task].classes)
-            path = Path(cache) / f"head-{task}-{key}.safetensors"
-            if not path.exists():
-                make_folder(path.parent)
-                head = zero_shot_head(model, arch, task).cpu().contiguous()
-                write(path, lambda file, head=head: save_file({"head": head}, file))
-            heads[task] = read_kept(path, load_file)["head"].to(model.logit_scale.device)
+    heads, device, tokenizer = {}, model.logit_scale.device, open_clip.get_tokenizer(arch.model)
+    for task in tqdm(list(tasks), desc="zero-shot heads"):
+        prompts = TASKS[task].classes, TASKS[task].templates
+        path = Path(cache) / f"head-{task}-{fingerprint(arch.model, text, *prompts)}.safetensors"
+        if not path.exists():
+            head = open_clip.build_zero_shot_classifier(model, tokenizer, *prompts, device=device)
+            head = (head * model.logit_scale.exp().detach()).cpu().contiguous()
+            write(path, partial(save_file, {"head": head}))
+        heads[task] = read_kept(path, load_file)["head"].to(device)
     return heads
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {folder} ({one_line(error)}): choose another --cache") from error

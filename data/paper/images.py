@@ -25,8 +25,8 @@ from torch import Tensor
 from torchvision.transforms import Compose
 from torchvision.transforms.functional import normalize
 
-from data.files import InputError, one_line, read_kept, some, write
-from data.paper.hub import TASKS, Task, cache_path, make_folder, repository, shards
+from data.files import InputError, make_folder, one_line, read_kept, some, write
+from data.paper.hub import TASKS, Task, cache_path, repository, shards
 
 
 def image_set(
@@ -54,16 +54,15 @@ def image_set(
     labels = read_labels(spec, where, paths)
     count = min(limit or len(labels), len(labels))
     chosen = np.linspace(0, (len(labels) if spaced else count) - 1, count).round().astype(int)
-    path = cache_path(spec, prep, cache, repo, paths, f"{split}-spaced" if spaced else split, limit)
-    if not path.exists():
-        make_folder(path.parent)
-        with FileLock(f"{path}.lock"):
-            for left in path.parent.glob(f"{path.name}.*.*"):  # by a run that was killed as it decoded
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-            if not path.exists():
-                write(path, partial(decode, where, spec.image_column, prep, paths, repo.folder, chosen))
+    file = cache_path(spec, prep, cache, repo, paths, f"{split}-spaced" if spaced else split, limit)
+    make_folder(file.parent)
+    with FileLock(f"{file}.lock"):
+        for left in file.parent.glob(f"{file.name}.*.*"):  # by a run that was killed as it decoded
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        if not file.exists():
+            write(file, partial(decode, where, spec.image_column, prep, paths, repo.folder, chosen))
     # Copy on write: torch wants writable memory, the file stays as it is.
-    return torch.from_numpy(read_kept(path, partial(np.load, mmap_mode="c"))), torch.from_numpy(labels[chosen])
+    return torch.from_numpy(read_kept(file, partial(np.load, mmap_mode="c"))), torch.from_numpy(labels[chosen])
 
 
 def normalise(images: Tensor, prep: PreprocessCfg = PreprocessCfg()) -> Tensor:  # noqa: B008 (never modified)
@@ -136,7 +135,7 @@ def class_order(names: list[str], classes: list[str], where: str) -> list[int]:
 
 
 def decode(
-    where: str, column: str, prep: PreprocessCfg, paths: list[Path], folder: Path | None, chosen: np.ndarray, file: Path
+    where: str, column: str, prep: PreprocessCfg, paths: list[Path], folder: Path, chosen: np.ndarray, file: Path
 ) -> None:
     """Write the images of these numbers as open_clip would hand them to ToTensor, in the format of numpy.save.
 
@@ -146,10 +145,7 @@ def decode(
     from datasets import Features, Image, load_dataset
 
     transform = Compose(image_transform_v2(prep, is_train=False).transforms[:-2])  # without ToTensor and Normalize
-    with open(file, "wb") as out:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (len(chosen), *prep.input_size)}
-        np.lib.format.write_array_header_1_0(out, header)
-        start = out.tell()
+    start = np.lib.format.open_memmap(file, "w+", np.uint8, (len(chosen), *prep.input_size)).offset
 
     def write_pixels(entry: dict[str, Any], index: int) -> None:  # in one of several processes
         try:
@@ -177,16 +173,12 @@ def decode(
         raise InputError(f"{where} cannot be read: {one_line(cause)}") from error
 
 
-def pixels(transform: Callable, entry: dict[str, Any], folder: Path | None) -> bytes:
+def pixels(transform: Callable, entry: dict[str, Any], folder: Path) -> bytes:
     """One image decoded as `datasets` does (turned as its EXIF tag says) and prepared: the bytes of uint8 (3, H, W)."""
     from datasets import Image
 
-    path = None
-    if entry["bytes"] is None and entry["path"] is not None:
-        if folder is None:
-            raise InputError("it is given as a path; --hub DIR reads such a data set from a mirror")
-        path = str(folder / entry["path"])
-        if not os.path.isfile(path):
-            raise InputError(f"there is no file {path}")
-    image = Image().decode_example({"bytes": entry["bytes"], "path": path})
+    path = folder / (entry["path"] or "")
+    if entry["bytes"] is None and not path.is_file():
+        raise InputError(f"there is no file {path}; images given as paths are read from a mirror on disk, --hub DIR")
+    image = Image().decode_example({"bytes": entry["bytes"], "path": str(path)})
     return np.asarray(transform(image), np.uint8).transpose(2, 0, 1).tobytes()

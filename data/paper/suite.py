@@ -23,7 +23,7 @@ def paper_suite(arguments: argparse.Namespace) -> Suite:
     arch = hub.architecture(arguments.arch or arguments.suite, arguments.pretrained)
     mirror, cache, limit, device = arguments.hub, arguments.cache, arguments.limit, torch.device(arguments.device)
     from_hub = arguments.experts is None and not arguments.finetune
-    items = hub.plan(
+    size = hub.plan(
         arch,
         cache,
         mirror,
@@ -33,8 +33,8 @@ def paper_suite(arguments: argparse.Namespace) -> Suite:
         splits=("test", "train") if arguments.finetune else ("test", *arguments.splits),
         limit=limit,
     )
-    say(f"{arch.name}: {hub.summary(items)}")
-    hub.check_space(items)
+    say(f"{arch.name}: {hub.summary(size)}")
+    hub.check_space(size, cache)
     experts, prep = {}, hub.preprocessing(arch)
     if arguments.experts is not None:
         tower, experts, heads = load_authors_experts(arch, arguments.experts, arguments.tasks)
