@@ -36,9 +36,10 @@ class Answering(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, whole: bool = False) -> Tensor:
         texts = {"input_ids": input_ids, "attention_mask": attention_mask}
         if whole:
-            return self.t5.generate(**texts, max_length=10, do_sample=False, num_beams=1)
+            # Without a cache, which layers that run sample by sample cannot share; answers are a word or two.
+            return self.t5.generate(**texts, max_length=10, do_sample=False, num_beams=1, use_cache=False)
         start = input_ids.new_full((len(input_ids), 1), self.t5.config.decoder_start_token_id)
-        return self.t5(**texts, decoder_input_ids=start).logits[:, 0]
+        return self.t5(**texts, decoder_input_ids=start, use_cache=False).logits[:, 0]
 
 
 class FirstAnswers(nn.Module):
@@ -82,6 +83,9 @@ def roberta_head(config: dict, state: State, outputs: int, source: Path) -> nn.M
 def t5(config: dict, state: State, source: Path) -> Answering:
     """A T5. Raises InputError, naming the entry, for weights that do not fit."""
     model = T5ForConditionalGeneration(T5Config(**config))
+    if not torch.equal(state.get("lm_head.weight", torch.empty(0)), state.get("shared.weight", torch.empty(0))):
+        # transformers ties the two at first, whatever the config says. In Flan-T5 they differ.
+        model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
     load(model, without(state, "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias"), source)  # unused
     return Answering(model).eval()
 
