@@ -6,6 +6,7 @@
     python reproduce.py --experiment list           the paper's other tables and figures, by name or by number
     python reproduce.py bench      speed and memory, ours beside the literal per-sample loop and the dense model
     torchrun --nproc-per-node=4 reproduce.py ViT-L-14          the same on four GPUs
+    python reproduce.py miniature-text    small tasks over sentences: text, as little; roberta-glue, flan-t5-glue: GLUE
 
 A suite is data: tasks, zero-shot heads, test images, a pre-trained vision tower and its fine-tuned experts. A method
 turns the experts into one model, or into one for each task. An experiment runs methods under several conditions and
@@ -56,10 +57,16 @@ from data.paper.published import hub_generalization, hub_robustness
 from data.paper.suite import OUR_NAMES, paper_suite
 from data.processes import barrier, choose_device, each, progress, rank, say, world
 from data.suite import CURVE_IMAGES, Suite, adapt, evaluate, fine_tune, mean, mean_routing_weights
+from data.text.glue import GLUE, SENSELESS, flan_t5_glue_suite, roberta_glue_suite
+from data.text.miniature import TASKS as TEXT_TASKS
+from data.text.miniature import miniature_text_suite
 
 SAMPLES = 32  # of each task's training images, for the methods that look at some
 SUITES = {"miniature": (miniature_suite, list(COUNTERPARTS.values()))}
 SUITES.update({name: (paper_suite, list(PAPER_TASKS)) for name in ARCHITECTURES})
+SUITES["miniature-text"] = miniature_text_suite, list(TEXT_TASKS)
+SUITES |= {"roberta-glue": (roberta_glue_suite, list(GLUE)), "flan-t5-glue": (flan_t5_glue_suite, list(GLUE))}
+MINIATURES = "miniature", "miniature-text"
 
 # ---- The methods: experts -> one model for all tasks, or a dict with one for each ------------------------------------
 
@@ -92,7 +99,7 @@ def with_curve(suite: Suite, vectors: Callable[[], Iterable[dict[str, Tensor]]],
 
 
 def samples(suite: Suite) -> dict[str, Tensor]:
-    return {task: suite.images(suite.load(task, "train", SAMPLES)[0]) for task in suite.experts}
+    return {task: suite.inputs(suite.load(task, "train", SAMPLES)[0]) for task in suite.experts}
 
 
 def weight_averaging(suite: Suite) -> Result:
@@ -157,7 +164,8 @@ def mixture(
 
 
 def twin_merging(suite: Suite) -> Result:
-    model = baselines.twin_merging(suite.pretrained, suite.experts, samples(suite)).to(suite.device)
+    inputs = samples(suite)
+    model = baselines.twin_merging(suite.pretrained, suite.experts, inputs, features=suite.features).to(suite.device)
     return model, {"routing": mean_routing_weights(suite, model)}
 
 
@@ -346,16 +354,17 @@ def show_main(measured: Measured) -> Shown:
     suite, entries = measured.suite, {name: seeds[0] for name, seeds in measured.entries["main"].items()}
     average = {name: round(measured.average("main", name), 2) for name in entries}
     figures = {
-        "tasks": report.draw_tasks(suite.test),
         "accuracy": report.draw_accuracy(suite.tasks, list(entries.values())),
     }
+    if all(images.dim() == 4 for images, _ in suite.test.values()):  # and not texts
+        figures["tasks"] = report.draw_tasks(suite.test)
     if curves := {name: entry["adaptation"] for name, entry in entries.items() if "adaptation" in entry}:
         figures["adaptation"] = report.draw_adaptation(curves, average, CURVE_IMAGES, suite.curve)
     if curves := {name: entry["curve"] for name, entry in entries.items() if "curve" in entry}:
         figures["scalings"] = report.draw_scalings(curves)
     if "WEMoE" in entries:
         figures["routing"] = report.draw_routing(suite.tasks, entries["WEMoE"]["routing"])
-    if suite.name != "miniature":
+    if suite.name not in MINIATURES:
         return figures, published_claims(suite, entries, average)
     return figures, paper_claims(entries, average)
 
@@ -368,7 +377,7 @@ def published_claims(suite: Suite, entries: dict[str, dict], average: dict[str, 
     """
     claims = []
     for name, row in published(suite).items() if suite.claimable else ():
-        like = not METHODS[name].needs_training_images if name in METHODS else False
+        like = row.get("claimed", True) and name in METHODS and not METHODS[name].needs_training_images
         if name in entries and like and not (row["source"] == "hub" and "adaptation" in entries[name]):
             theirs = statistics.mean(row["accuracy"][task] for task in suite.tasks)
             margin = 0.8 if "adaptation" in entries[name] else 0.5
@@ -637,13 +646,14 @@ def run(arguments: argparse.Namespace) -> bool:
     if arguments.experiment != "main" or arguments.seeds > 1:
         results["conditions"] = [dict(asdict(c), methods=entries[c.name]) for c in conditions]
     text = report.tables(conditions, entries, details=arguments.experiment == "main")
+    text += f"\n{suite.note}\n" if suite.note else ""
     if rank() == 0:
         write(output / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
         write(output / "table.md", lambda path: path.write_text(text))
         for name, figure in figures.items():
             write(output / f"{name}.png", partial(report.save, figure))
     say("\n" + text)
-    if not suite.published and suite.name != "miniature":
+    if not suite.published and suite.name not in MINIATURES:
         say("Fewer tasks or images than published, or another model: no comparison with published figures.")
     for entry in claims:
         say(f"{'✓' if entry['holds'] else '✗'} {entry['claim']}: {entry['detail']}")
@@ -692,28 +702,33 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--limit", type=int, metavar="N", help="only the first N images of every test set, for a quick look")
     add("--cache", type=Path, default=Path.home() / ".cache" / "wemoe", help="decoded images (default: %(default)s)")
     parsed = parser.parse_args(arguments)
-    paper = parsed.suite != "miniature"
+    paper, glue = parsed.suite not in MINIATURES, parsed.suite.endswith("-glue")
     numbers = {number: name for name, experiment in EXPERIMENTS.items() for number in experiment.paper}
     parsed.experiment = numbers.get(parsed.experiment.lower(), parsed.experiment)
     (parsed.experiment,) = choose("experiment", [parsed.experiment], list(EXPERIMENTS))
     experiment = EXPERIMENTS[parsed.experiment]
+    if (glue or parsed.suite == "miniature-text") and parsed.experiment not in ("main", "ablation"):
+        raise InputError(f"{parsed.suite} has the experiments main and ablation: {parsed.experiment} is about images")
     if parsed.tasks and parsed.experiment not in ("main", "ablation"):
         raise InputError(f"--tasks is for the experiments main and ablation; {parsed.experiment} has its own")
     if experiment.tasks:
         parsed.tasks = [task if paper else COUNTERPARTS[task] for task in experiment.tasks]
     parsed.tasks = choose("task", parsed.tasks, SUITES[parsed.suite][1])
-    usual = experiment.usual if experiment.usual and not paper else experiment.methods
-    usual = [name for name in experiment.methods if name in usual]
+    methods = [name for name in experiment.methods if not (glue and name in SENSELESS)]
+    usual = experiment.usual if experiment.usual and not paper else methods
+    usual = [name for name in methods if name in usual]
     usual = [name for name in usual if not (paper and METHODS[name].needs_training_images)]
     kind = "method" if parsed.experiment == "main" else f"method of the experiment {parsed.experiment}"
     if [name.lower() for name in parsed.methods or ()] == ["all"]:
-        parsed.methods = experiment.methods
-    parsed.methods = choose(kind, parsed.methods, experiment.methods) if parsed.methods else usual
+        parsed.methods = methods
+    parsed.methods = choose(kind, parsed.methods, methods) if parsed.methods else usual
     trains = any(METHODS[name].needs_training_images for name in parsed.methods)
     parsed.splits = experiment.splits + (("train",) if trains else ())
     parsed.seeds = parsed.seeds or experiment.seeds
     check_numbers(parsed, {"steps": 1, "seed": 0, "seeds": 1, "limit": 1, "workers": 1})
-    for option in () if paper else ("hub", "experts", "finetune", "arch", "limit"):
+    refused = () if paper else ("hub", "limit")
+    refused += () if paper and not glue else ("experts", "finetune", "arch")
+    for option in refused:
         if getattr(parsed, option):
             raise InputError(f"--{option} is for the paper's suites: {', '.join(ARCHITECTURES)}")
     if (parsed.arch or parsed.pretrained != "openai") and not parsed.finetune:

@@ -1,7 +1,8 @@
 """What an experiment runs on, and its four verbs: fine-tune, evaluate, adapt, and vary the conditions.
 
-A suite is data: tasks, zero-shot heads, test images, a pre-trained tower and its experts. `data.miniature` and
-`data.paper` make one each; from there on, both are treated alike.
+A suite is data: tasks, heads, test images or texts, a pre-trained tower and its experts. `data.miniature`, `data.paper`
+and `data.text` make them; from there on, all are treated alike. Texts are rows of token numbers, padded to one length:
+what the tower takes of them, token ids and a mask by name, is up to the suite's `normalise`.
 """
 
 import copy
@@ -17,12 +18,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 import wemoe
 from data.files import derive_seed, fingerprint, read_kept, write
 from data.processes import barrier, each, gathered, progress, rank, total, world
 
 CURVE_IMAGES = 40  # of each task, on which the accuracy is measured during adaptation
+Batch = Tensor | dict[str, Tensor]  # what a tower takes: its input, or its inputs by name
 
 
 @dataclass(frozen=True)
@@ -69,17 +72,22 @@ class Suite:
     precision: str  # of evaluation
     training: Training
     adaptation: Adaptation
-    pretrained: nn.Module  # vision tower: normalised images (B, 3, H, W) -> features (B, D)
-    heads: dict[str, Tensor]  # task -> (D, C): logits = normalised features @ head
-    test: dict[str, tuple[Tensor, Tensor]]  # task -> uint8 images (N, 3, H, W), labels (N,)
+    pretrained: nn.Module  # tower: normalised images (B, 3, H, W), or texts -> features (B, D)
+    heads: dict[str, Tensor | nn.Module]  # task -> (D, C): logits = normalised features @ head; or features -> logits
+    test: dict[str, tuple[Tensor, Tensor]]  # task -> uint8 images (N, 3, H, W) or tokens (N, L), labels (N,)
     load: Callable[[str, str, int | None], tuple[Tensor, Tensor]]  # task, split, how many at most -> as in `test`
-    normalise: Callable[[Tensor], Tensor]  # uint8 images -> what the vision tower takes
+    normalise: Callable[[Tensor], Batch]  # uint8 images, or tokens -> what the tower takes
     experts: dict[str, nn.Module] = field(default_factory=dict)
     scalings: tuple[float, ...] = ()  # λ of task arithmetic to try, besides 0.3
     published: dict[str, dict] = field(default_factory=dict)  # method -> the row of published figures
     claimable: bool = True  # whether the test images are those of the published figures
     shortened: bool = False  # whether adaptation has another number of steps than the published one
     curve: dict | None = None  # the authors' accuracies during adaptation
+    metrics: dict[str, Callable] = field(default_factory=dict)  # task -> (predictions, labels) -> %; else the accuracy
+    answer: Callable[[str, nn.Module, Batch], Tensor] | None = None  # task, tower, batch -> predictions (B,)
+    unadapted: tuple[str, ...] = ()  # tasks that are merged, but not adapted to
+    features: Callable[[nn.Module, Batch], Tensor] | None = None  # (B, D), what Twin-Merging sees; else the output
+    note: str = ""  # what a reader of its table has to know
 
     @property
     def tasks(self) -> list[str]:
@@ -89,9 +97,10 @@ class Suite:
     def key(self) -> str:
         """Names everything that a method's result depends on, but for the method itself."""
         models = [value.numpy() for m in (self.pretrained, *self.experts.values()) for value in m.state_dict().values()]
-        heads = [head.cpu().numpy() for head in self.heads.values()]
+        heads = [h.state_dict() if isinstance(h, nn.Module) else h for h in self.heads.values()]
+        heads = [value.cpu().numpy() for value in tree_leaves(heads)]
         some = [[part[:: 1 + len(part) // 20] for part in pair] for pair in self.test.values()]
-        tests = [p.contiguous().numpy() for images, labels in some for p in (self.normalise(images), labels)]
+        tests = [p.contiguous().numpy() for x, y in some for p in tree_leaves((self.normalise(x), y))]
         sizes = [len(labels) for _, labels in self.test.values()]
         settings = self.name, self.seed, self.device.type, self.precision, self.adaptation, self.scalings
         return fingerprint(*settings, self.tasks, sizes, torch.__version__, *models, *heads, *tests)
@@ -106,10 +115,36 @@ class Suite:
         )
 
     def logits(self, task: str) -> Callable[[Tensor], Tensor]:
-        return lambda features: F.normalize(features.float(), dim=-1) @ self.heads[task]
+        head = self.heads[task]
+        return head if isinstance(head, nn.Module) else lambda x: F.normalize(x.float(), dim=-1) @ head
 
-    def images(self, images: Tensor) -> Tensor:
-        return self.normalise(images.to(self.device))
+    def inputs(self, rows: Tensor) -> Batch:
+        return self.normalise(rows.to(self.device))
+
+    def predict(self, task: str, tower: nn.Module, batch: Batch) -> Tensor:
+        """(B,): the most probable class; of a head of one output, for a regression, that output."""
+        with precision(self.device, self.precision):
+            if self.answer:
+                return self.answer(task, tower, batch)
+            features = run(tower, batch)
+        logits = self.logits(task)(features)
+        return logits.argmax(-1) if logits.shape[-1] > 1 else logits[:, 0]
+
+
+def run(tower: nn.Module, batch: Batch):
+    return tower(batch) if isinstance(batch, Tensor) else tower(**batch)
+
+
+def padded(rows: Tensor, padding: int = 0) -> Batch:
+    """Of texts (B, L), padded at their ends, what the longest needs (B, N), and a mask of what is no padding (B, N)."""
+    mask = rows != padding
+    longest = int(mask.any(0).nonzero().max()) + 1
+    return {"input_ids": rows[:, :longest], "attention_mask": mask[:, :longest].long()}
+
+
+def accuracy_of(predicted: Tensor, labels: Tensor) -> float:
+    """In percent: how many of the predictions (N,) are the labels (N,)."""
+    return 100 * (predicted == labels).sum().item() / len(labels)
 
 
 def precision(device: torch.device, name: str):
@@ -161,7 +196,7 @@ def fine_tune(suite: Suite, tasks: list[str], name: str) -> nn.Module:
         optimizer.zero_grad()
         for task, (pixels, labels) in images.items():
             batch = torch.randint(len(pixels), (training.batch_size,), generator=generators[task])
-            logits = suite.logits(task)(expert(suite.images(pixels[batch])))
+            logits = suite.logits(task)(run(expert, suite.inputs(pixels[batch])))
             F.cross_entropy(logits, labels[batch].to(suite.device)).backward()
         optimizer.step()
         schedule.step()
@@ -173,24 +208,22 @@ def fine_tune(suite: Suite, tasks: list[str], name: str) -> nn.Module:
 
 @torch.no_grad()
 def evaluate(suite: Suite, model: nn.Module | dict[str, nn.Module], test: dict | None = None) -> dict[str, float]:
-    """Accuracy in percent on the test images of every task, by the head of the image's own task.
+    """Accuracy in percent (or the task's own metric) on the test inputs of every task, by the head of their own task.
 
-    The processes of a distributed run share the images.
+    The processes of a distributed run share the inputs.
     """
     test, accuracy = test or suite.test, {}
     count = sum(len(labels[rank() :: world()]) for _, labels in test.values())
     with progress(None, "Evaluating", total=count, unit="img", leave=False, delay=3) as bar:
         for task, (images, labels) in test.items():
             tower = (model[task] if isinstance(model, dict) else model).to(suite.device)
-            right = torch.zeros((), dtype=torch.long, device=suite.device)
+            predicted = torch.zeros(len(labels), device=suite.device)
             for batch in torch.arange(rank(), len(labels), world()).split(64):
-                with precision(suite.device, suite.precision):
-                    features = tower(suite.images(images[batch]))
-                right += (suite.logits(task)(features).argmax(-1) == labels[batch].to(suite.device)).sum()
+                predicted[batch] = suite.predict(task, tower, suite.inputs(images[batch])).to(predicted)
                 bar.update(len(batch))
             if isinstance(model, dict):
                 tower.cpu()  # one expert at a time on the device
-            accuracy[task] = 100 * total(right).item() / len(labels)
+            accuracy[task] = suite.metrics.get(task, accuracy_of)(total(predicted).cpu(), labels)
     if model is suite.pretrained:
         model.cpu()
     return accuracy
@@ -217,6 +250,7 @@ def adapt(
     part = {task: (images[:CURVE_IMAGES], labels[:CURVE_IMAGES]) for task, (images, labels) in suite.test.items()}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.Adam(trained.values(), lr)
+    adapted = [task for task in suite.experts if task not in suite.unadapted]
     on_gpu = suite.device.type == "cuda"
     if file.exists():
         kept = read_kept(file, partial(torch.load, map_location=suite.device, weights_only=True))
@@ -249,8 +283,8 @@ def adapt(
             with precision(suite.device, suite.adaptation.precision):
                 wemoe.adapt(
                     DistributedDataParallel(model) if world() > 1 else model,
-                    loaders={task: Unlabelled(suite, task, start=done) for task in suite.experts},
-                    heads={task: suite.logits(task) for task in suite.experts},
+                    loaders={task: Unlabelled(suite, task, start=done) for task in adapted},
+                    heads={task: suite.logits(task) for task in adapted},
                     steps=steps,
                     objective=lambda logits: objective(gathered(logits)),
                     optimizer=optimizer,
@@ -276,7 +310,7 @@ class Unlabelled:
         batches = torch.randperm(len(self.images), generator=self.generator).split(self.suite.adaptation.batch_size)
         return batches[:-1] if len(batches) > 1 and len(batches[-1]) < len(batches[0]) else batches
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Batch]:
         batches = self.epoch()
         while self.start >= len(batches):
             self.start -= len(batches)
@@ -284,7 +318,7 @@ class Unlabelled:
         batches, self.start = batches[self.start :], 0
         for batch in batches:
             own = torch.arange(rank(), world() * math.ceil(len(batch) / world()), world()) % len(batch)
-            yield self.suite.images(self.images[batch[own]])
+            yield self.suite.inputs(self.images[batch[own]])
 
 
 @torch.no_grad()
@@ -293,7 +327,7 @@ def mean_routing_weights(suite: Suite, model: nn.Module, count: int = 96) -> dic
     rows = {}
     for task in suite.tasks:
         with wemoe.routing_weights(model) as weights:
-            model(suite.images(suite.test[task][0][:count]))
+            run(model, suite.inputs(suite.test[task][0][:count]))
         for name, lam in weights.items():
             rows.setdefault(name, []).append([round(x, 6) for x in lam.mean(0).tolist()])
     return rows
