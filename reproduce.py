@@ -48,22 +48,30 @@ from data.bench import bench
 from data.dependencies import code_of
 from data.experiments import (
     ADAPTATION,
+    BLOCKS,
     DEPTHS,
-    FOUR_TASKS,
+    LANDSCAPE,
+    MLP_ONLY,
     RANKS,
+    SEPARATELY,
+    SHARES,
     STATIC,
     TRAINING_IMAGES,
+    UNLOADED,
     VALIDATION,
     Condition,
     Measured,
     Shown,
-    comparable,
+    deepest_mlps,
+    first_choices,
+    landscape,
 )
 from data.files import InputError, Parser, alone, check_numbers, check_output, fingerprint, one_line, read_kept, write
 from data.miniature.corruptions import CORRUPTIONS
 from data.miniature.suite import COUNTERPARTS, miniature_suite
 from data.paper.hub import ARCHITECTURES
 from data.paper.hub import TASKS as PAPER_TASKS
+from data.paper.published import ROBUSTNESS_TASKS, routed_modules, router_depths
 from data.paper.suite import paper_suite
 from data.processes import barrier, choose_device, each, progress, rank, say, world
 from data.suite import Suite, adapt, evaluate, fine_tune, mean, mean_routing_weights
@@ -157,14 +165,25 @@ def mixture(
     objective: Callable[[Tensor], Tensor] = wemoe.mean_entropy,
     layer: Callable | None = None,
     shared: bool = False,
+    modules: str | None = None,
 ) -> Result:
     """WEMoE with routers of this depth, adapted to the unlabelled test images."""
     settings = suite.adaptation
-    options = {"router_depth": depth, "init_lambda": settings.init_lambda, "layer": layer}
+    options = {"router_depth": depth, "init_lambda": settings.init_lambda, "layer": layer, "modules": modules}
     model = wemoe.upscale(suite.pretrained, suite.experts, **options)
     model = (baselines.share_router(model) if shared else model).to(suite.device)
     curve = adapt(model, steps=settings.steps, lr=settings.lr, objective=objective)
-    return model, {"adaptation": curve, "routing": mean_routing_weights(suite, model)}
+    routing = {"routing": mean_routing_weights(suite, model), "first_choice": first_choices(suite, model)}
+    return model, {"adaptation": curve, **routing}
+
+
+def deepest_routed(suite: Suite, adapt: Callable, share: float) -> Result:
+    return mixture(suite, adapt, modules=deepest_mlps(suite.pretrained, share))
+
+
+def unloaded(suite: Suite, adapt: Callable) -> Result:
+    model, record = mixture(suite, adapt, depth=0)
+    return wemoe.unload(model), record
 
 
 def twin_merging(suite: Suite) -> Result:
@@ -257,6 +276,11 @@ STORY = ["Pre-trained", "Weight Averaging", "Task Arithmetic", "AdaMerging (laye
 METHODS.update({name: low_rank(rank) for rank, name in RANKS.items() if name not in METHODS})
 METHODS["WEMoE + diversity"] = Method(LEARNED, DIVERSE, 110)
 METHODS["TIES-Merging (mean)"] = Method(STATIC, partial(ties, merge="mean", usual=1.0), 25)
+METHODS[SEPARATELY] = Method(LEARNED, partial(mixture, depth=1, modules=r"\.(attn|mlp)$"), 300)
+METHODS[BLOCKS] = Method(LEARNED, partial(mixture, depth=1, modules=baselines.BLOCKS), 300)
+METHODS |= {name: Method(LEARNED, partial(deepest_routed, share=share), 90) for share, name in SHARES.items()}
+METHODS[UNLOADED] = Method(LEARNED, unloaded, 50)
+METHODS[LANDSCAPE] = Method(STATIC, landscape, 60)
 
 
 def run_method(suite: Suite, name: str, key: str, cache: Path, change: dict) -> dict:
@@ -281,7 +305,9 @@ def run_method(suite: Suite, name: str, key: str, cache: Path, change: dict) -> 
     needed = inspect.signature(method.make).parameters
     result = method.make(**{name: value for name, value in offered.items() if name in needed})
     model, record = result if isinstance(result, tuple) else (result, {})
+    before = time.perf_counter()
     accuracy = evaluate(suite, model)
+    after = time.perf_counter()
     models = list(model.values()) if isinstance(model, dict) else [model]
     parameters = [p for model in models for p in model.parameters()]
     entry = {
@@ -290,7 +316,8 @@ def run_method(suite: Suite, name: str, key: str, cache: Path, change: dict) -> 
         "needs": method.needs,
         "accuracy": {task: round(value, 2) for task, value in accuracy.items()},
         "average": round(mean(accuracy), 2),
-        "seconds": round(time.perf_counter() - start, 1),
+        "seconds": round(after - start, 1),
+        "evaluation_seconds": round(after - before, 2),
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "total_parameters": sum(p.numel() for p in parameters),
         "bytes": sum(map(model_bytes, models)),
@@ -316,52 +343,143 @@ class Experiment:
     conditions: Callable[[Suite, list[str]], list[Condition]]
     show: Callable[[Measured], Shown]
     methods: list[str]  # that it may run
+    minutes: int  # about what it takes in the miniature on 2 cores
+    paper: tuple[str, ...] = ()  # its numbers in the paper
     usual: list[str] | None = None  # that it runs unless told otherwise; None: all of them
     tasks: list[str] | None = None  # of the paper's suites; in the miniature, their counterparts
+    all_tasks: bool = False  # whether it needs all of them
     splits: tuple[str, ...] = ()  # of the data sets, besides the test split
     seeds: int = 1
-    paper: tuple[str, ...] = ()  # its numbers in the paper
+    steps: int | None = None  # of adaptation, in the miniature; None: as many as usual
+    scalings: tuple[float, ...] = ()  # λ that methods which merge once try, besides their own
+    details: bool = False  # whether its tables tell time and size, too
+    needs_suite: bool = True
 
 
-SHIFTED = ["Task Arithmetic", "TIES-Merging", "Fisher Merging", "RegMean", "AdaMerging (layer-wise)", "WEMoE"]
+SHIFTED = ["Task Arithmetic", "TIES-Merging", "Fisher Merging", "RegMean", "AdaMerging (layer-wise)"]
+SHIFTED += ["AdaMerging++ (layer-wise)", "WEMoE (0-layer)", "WEMoE"]
+CORRUPTED = {"tasks": ROBUSTNESS_TASKS, "splits": tuple(CORRUPTIONS)}
 EXPERIMENTS = {
     "main": Experiment(
-        "methods on every task",
-        experiments.main_conditions,
+        "methods on every task, and what each needs besides the experts",
+        experiments.eight_tasks,
         experiments.show_main,
         MAIN,
-        STORY,
-        paper=("table2", "table3", "table10"),
+        4,
+        ("table2", "table3", "table7"),
+        usual=STORY,
+        details=True,
+    ),
+    "depths": Experiment(
+        "routers of no, one and two layers",
+        partial(experiments.eight_tasks, rows=router_depths),
+        experiments.show_depths,
+        ["AdaMerging (layer-wise)", *DEPTHS.values()],
+        4,
+        ("table10",),
+    ),
+    "modules": Experiment(
+        "what is routed: MLPs, attention and MLPs, or entire blocks, by one-layer routers",
+        partial(experiments.eight_tasks, rows=routed_modules),
+        experiments.show_modules,
+        [MLP_ONLY, SEPARATELY, BLOCKS],
+        10,
+        ("table6",),
     ),
     "generalization": Experiment(
         "six tasks merged, eight tested",
         experiments.generalization_conditions,
         experiments.show_generalization,
-        ["Pre-trained", *SHIFTED, "WEMoE (0-layer)"],
-        paper=("table4",),
+        ["Pre-trained", *SHIFTED],
+        10,
+        ("table4",),
+        all_tasks=True,
     ),
     "robustness": Experiment(
         "four tasks merged, tested under seven corruptions",
         experiments.corrupted_conditions,
         experiments.show_robustness,
-        [*SHIFTED, "WEMoE (0-layer)", "WEMoE + diversity"],
-        tasks=FOUR_TASKS,
-        splits=tuple(CORRUPTIONS),
-        paper=("table5", "table11"),
+        [*SHIFTED, "WEMoE + diversity"],
+        20,
+        ("table5", "table11"),
+        **CORRUPTED,
+    ),
+    "sweep": Experiment(
+        "accuracy against λ, under corruptions",
+        experiments.sweep_conditions,
+        experiments.show_sweep,
+        ["Task Arithmetic", "TIES-Merging", DEPTHS[0], DEPTHS[2]],
+        5,
+        ("fig5", "fig10"),
+        **CORRUPTED,
+        steps=40,
+        scalings=experiments.LAMBDAS,
     ),
     "ablation": Experiment(
-        "settings of WEMoE, one at a time",
+        "settings of WEMoE, one at a time, and accuracy during adaptation by learning rate",
         experiments.ablation_conditions,
         experiments.show_ablation,
         [*DEPTHS.values(), *RANKS.values()],
-        paper=("fig4",),
+        15,
+        ("fig4",),
+    ),
+    "layers": Experiment(
+        "only the deeper MLPs routed: accuracy, parameters and time",
+        experiments.one_table,
+        experiments.show_layers,
+        ["Task Arithmetic", *SHARES.values(), "WEMoE"],
+        5,
+        ("appendixd",),
+    ),
+    "unload": Experiment(
+        "constant routers merged once and for all: the same accuracies from a dense model",
+        experiments.one_table,
+        experiments.show_unload,
+        ["Task Arithmetic", DEPTHS[0], UNLOADED],
+        2,
+        ("appendixb3",),
+        details=True,
+    ),
+    "routing": Experiment(
+        "mean routing weights and first choices, by layer and task",
+        experiments.one_table,
+        experiments.show_routing,
+        ["WEMoE"],
+        2,
+        ("fig11", "fig12"),
+    ),
+    "vectors": Experiment(
+        "lengths and angles of task vectors by layer, attention against MLP",
+        experiments.no_conditions,
+        experiments.show_vectors,
+        [],
+        1,
+        ("fig3",),
+    ),
+    "landscape": Experiment(
+        "the loss over (λ1, λ2) for pairs of tasks",
+        experiments.pairs_of_tasks,
+        experiments.show_landscapes,
+        [LANDSCAPE],
+        3,
+        ("fig7",),
+    ),
+    "parameters": Experiment(
+        "numbers of parameters, computed from the architectures: no weights, no download",
+        experiments.no_conditions,
+        experiments.show_parameters,
+        [],
+        1,
+        ("table8", "table1", "table9"),
+        needs_suite=False,
     ),
     "collapse": Experiment(
         "where minimising the entropy goes wrong, and its cure, over five seeds",
         partial(experiments.corrupted_conditions, kinds=("impulse_noise",)),
         experiments.show_collapse,
         ["Task Arithmetic", "WEMoE", "WEMoE + diversity"],
-        tasks=FOUR_TASKS,
+        15,
+        tasks=ROBUSTNESS_TASKS,
         splits=("impulse_noise",),
         seeds=5,
     ),
@@ -373,63 +491,79 @@ def run(arguments: argparse.Namespace) -> bool:
     output, experiment = arguments.folder, EXPERIMENTS[arguments.experiment]
     for folder in (arguments.cached, output):
         folder.mkdir(parents=True, exist_ok=True)
+    measured = measure(arguments, experiment) if experiment.needs_suite else None
+    shown = experiment.show(measured) if rank() == 0 else Shown()
+    text = shown.text or report.tables(measured.conditions, measured.entries, experiment.details)
+    results = results_of(arguments, measured, shown.claims)
+    if rank() == 0:
+        write(output / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
+        write(output / "table.md", lambda path: path.write_text(text))
+        for name, figure in shown.figures.items():
+            write(output / f"{name}.png", partial(report.save, figure))
+    say("\n" + text)
+    if measured is not None and measured.suite.source is None and arguments.suite in ARCHITECTURES:
+        say("Fewer tasks or images than published, or another model: no comparison with published figures.")
+    for entry in shown.claims:
+        say(f"{'✓' if entry['holds'] else '✗'} {entry['claim']}: {entry['detail']}")
+    say(f"\nResults and figures are in {output}/.")
+    return all(entry["holds"] for entry in shown.claims)
+
+
+def measure(arguments: argparse.Namespace, experiment: Experiment) -> Measured:
+    """Run every method under each of its conditions, or read what is kept, for every seed."""
     if arguments.on_cores:
         torch.set_num_threads(1)  # always, so that the number of workers does not change results
         seconds = [METHODS[name].seconds for name in arguments.methods]
-        once = 60 + max(max(seconds), sum(seconds) / arguments.workers)  # experts first, then the methods side by side
+        minutes = experiment.minutes * arguments.seeds / experiment.seeds
+        if arguments.experiment == "main":  # experts first, then the methods side by side
+            minutes = (60 + max(max(seconds), sum(seconds) / arguments.workers)) * arguments.seeds / 60
         say(
-            f"{len(seconds)} methods on {len(arguments.tasks)} tasks, {arguments.seeds} seed(s): from nothing some "
-            f"{once * arguments.seeds / 60:.0f} minutes for each condition on this kind of machine (2 cores)."
+            f"{len(seconds)} methods on {len(arguments.tasks)} tasks, {arguments.seeds} seed(s): "
+            f"from nothing some {minutes:.0f} minutes on this kind of machine (2 cores)."
         )
     entries: dict[str, dict[str, list[dict]]] = {}
     for seed in range(arguments.seed, arguments.seed + arguments.seeds):
         suite = SUITES[arguments.suite][0](argparse.Namespace(**{**vars(arguments), "seed": seed}))
-        if arguments.experiment != "main":
-            suite.scalings = ()  # only there the accuracy at other λ is asked for
+        if arguments.experiment != "main":  # only there all suites say which λ to try
+            suite.scalings = experiment.scalings
         conditions, key = experiment.conditions(suite, arguments.methods), suite.key
         pairs = [(condition, name) for condition in conditions for name in condition.methods]
         pairs.sort(key=lambda pair: -METHODS[pair[1]].seconds)  # the long ones first
-        calls = [(name, key, arguments.cached, condition.change) for condition, name in pairs]
+        calls = [(name, key, arguments.cached, {**c.change, **c.settings.get(name, {})}) for c, name in pairs]
         for (condition, name), entry in zip(pairs, each(suite, run_method, calls, arguments.workers)):
             entries.setdefault(condition.name, {}).setdefault(name, []).append(entry)
     entries = {c.name: {name: entries[c.name][name] for name in c.methods} for c in conditions}
-    for condition in conditions:
-        condition.published[:] = comparable(suite, condition.published, entries[condition.name])
-    measured = Measured(suite, conditions, entries)
-    figures, claims = experiment.show(measured) if rank() == 0 else ({}, [])
+    comparable = [replace(c, published=experiments.comparable(suite, c.published, entries[c.name])) for c in conditions]
+    return Measured(suite, comparable, entries)
+
+
+def results_of(arguments: argparse.Namespace, measured: Measured | None, claims: list[dict]) -> dict:
+    """What results.json holds."""
     results = {
-        "suite": suite.name,
+        "suite": arguments.name,
         "experiment": arguments.experiment,
         "seed": arguments.seed,
         "seeds": arguments.seeds,
-        "device": str(suite.device),
+        "device": arguments.device,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "open_clip": open_clip.__version__,
         },
-        "settings": {"precision": suite.precision, "adaptation": asdict(suite.adaptation), "limit": arguments.limit},
-        "tasks": suite.tasks,
         "claims": claims,
     }
+    if measured is None:
+        return results
+    suite, conditions, entries = measured.suite, measured.conditions, measured.entries
+    adaptation = asdict(suite.adaptation)
+    results["settings"] = {"precision": suite.precision, "adaptation": adaptation, "limit": arguments.limit}
+    results["tasks"] = suite.tasks
     if arguments.experiment == "main":
         results["methods"] = [seeds[0] for seeds in entries["main"].values()]
         results["published"] = conditions[0].published
     if arguments.experiment != "main" or arguments.seeds > 1:
         results["conditions"] = [dict(asdict(c), methods=entries[c.name]) for c in conditions]
-    text = report.tables(conditions, entries, details=arguments.experiment == "main")
-    if rank() == 0:
-        write(output / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
-        write(output / "table.md", lambda path: path.write_text(text))
-        for name, figure in figures.items():
-            write(output / f"{name}.png", partial(report.save, figure))
-    say("\n" + text)
-    if not suite.published and suite.name != "miniature":
-        say("Fewer tasks or images than published, or another model: no comparison with published figures.")
-    for entry in claims:
-        say(f"{'✓' if entry['holds'] else '✗'} {entry['claim']}: {entry['detail']}")
-    say(f"\nResults and figures are in {output}/.")
-    return all(entry["holds"] for entry in claims)
+    return results
 
 
 # ---- The command line ------------------------------------------------------------------------------------------------
@@ -448,7 +582,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--experiment", default="main", metavar="NAME", help=f"{', '.join(EXPERIMENTS)} (default: %(default)s), or list"
     )
-    add("--tasks", nargs="+", metavar="TASK", help="in main and ablation, only these tasks (default: all eight)")
+    add("--tasks", nargs="+", metavar="TASK", help="only these, where the experiment allows it (default: all eight)")
     add(
         "--methods",
         nargs="+",
@@ -475,14 +609,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parsed = parser.parse_args(arguments)
     paper = parsed.suite != "miniature"
     numbers = {number: name for name, experiment in EXPERIMENTS.items() for number in experiment.paper}
-    parsed.experiment = numbers.get(parsed.experiment.lower(), parsed.experiment)
+    parsed.experiment = numbers.get(parsed.experiment.lower().replace(" ", ""), parsed.experiment)
     (parsed.experiment,) = choose("experiment", [parsed.experiment], list(EXPERIMENTS))
     experiment = EXPERIMENTS[parsed.experiment]
-    if parsed.tasks and parsed.experiment not in ("main", "ablation"):
-        raise InputError(f"--tasks is for the experiments main and ablation; {parsed.experiment} has its own")
+    if parsed.tasks and (experiment.tasks or experiment.all_tasks):
+        raise InputError(f"--tasks is not for the experiment {parsed.experiment}, which has its own")
     if experiment.tasks:
         parsed.tasks = [task if paper else COUNTERPARTS[task] for task in experiment.tasks]
-    parsed.tasks = choose("task", parsed.tasks, SUITES[parsed.suite][1])
+    known = SUITES[parsed.suite][1]
+    parsed.tasks = choose("task", parsed.tasks, known)
+    parsed.whole = bool(experiment.tasks) or parsed.tasks == known  # as what is published
+    if not paper and experiment.steps:
+        parsed.steps = parsed.steps or experiment.steps
     usual = experiment.usual if experiment.usual and not paper else experiment.methods
     usual = [name for name in experiment.methods if name in usual]
     usual = [name for name in usual if not (paper and METHODS[name].needs_training_images)]
@@ -527,9 +665,11 @@ def choose(kind: str, wanted: list[str] | None, known: list[str]) -> list[str]:
 
 def list_experiments() -> None:
     for name, experiment in EXPERIMENTS.items():
-        minutes = sum(METHODS[m].seconds for m in experiment.usual or experiment.methods) * experiment.seeds / 120
-        numbers = f" (the paper's {', '.join(experiment.paper)})" if experiment.paper else ""
-        say(f"{name}{numbers}: {experiment.about}; in the miniature, one condition takes some {minutes:.0f} minutes")
+        needs = f"{len(experiment.tasks)} tasks" if experiment.tasks else "the suite"
+        needs += " and their corrupted test images" if experiment.splits else ""
+        needs = needs if experiment.needs_suite else "nothing"
+        numbers = f" ({', '.join(experiment.paper)})" if experiment.paper else ""
+        say(f"{name}{numbers}: {experiment.about}; needs {needs}; in the miniature, some {experiment.minutes} min")
 
 
 OUT_OF_MEMORY = """out of memory; what is finished is kept. Adaptation takes most: --adapt-precision bfloat16
