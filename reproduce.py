@@ -30,12 +30,11 @@ import io
 import json
 import platform
 import re
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -45,18 +44,38 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import wemoe
-from data import baselines, report
+from data import baselines, experiments, report
 from data.bench import bench
 from data.dependencies import code_of
+from data.experiments import (
+    ADAPTATION,
+    BLOCKS,
+    DEPTHS,
+    LANDSCAPE,
+    MLP_ONLY,
+    RANKS,
+    SEPARATELY,
+    SHARES,
+    STATIC,
+    TRAINING_IMAGES,
+    UNLOADED,
+    VALIDATION,
+    Condition,
+    Measured,
+    Shown,
+    deepest_mlps,
+    first_choices,
+    landscape,
+)
 from data.files import InputError, Parser, alone, check_numbers, check_output, fingerprint, one_line, read_kept, write
 from data.miniature.corruptions import CORRUPTIONS
 from data.miniature.suite import COUNTERPARTS, miniature_suite
 from data.paper.hub import ARCHITECTURES
 from data.paper.hub import TASKS as PAPER_TASKS
-from data.paper.published import hub_generalization, hub_robustness
-from data.paper.suite import OUR_NAMES, paper_suite
+from data.paper.published import ROBUSTNESS_TASKS, routed_modules, router_depths
+from data.paper.suite import paper_suite
 from data.processes import barrier, choose_device, each, progress, rank, say, world
-from data.suite import CURVE_IMAGES, Suite, adapt, evaluate, fine_tune, mean, mean_routing_weights
+from data.suite import Suite, adapt, evaluate, fine_tune, mean, mean_routing_weights
 from data.text.glue import GLUE, SENSELESS, flan_t5_glue_suite, roberta_glue_suite
 from data.text.miniature import TASKS as TEXT_TASKS
 from data.text.miniature import miniature_text_suite
@@ -66,7 +85,7 @@ SUITES = {"miniature": (miniature_suite, list(COUNTERPARTS.values()))}
 SUITES.update({name: (paper_suite, list(PAPER_TASKS)) for name in ARCHITECTURES})
 SUITES["miniature-text"] = miniature_text_suite, list(TEXT_TASKS)
 SUITES |= {"roberta-glue": (roberta_glue_suite, list(GLUE)), "flan-t5-glue": (flan_t5_glue_suite, list(GLUE))}
-MINIATURES = "miniature", "miniature-text"
+MINIATURES, TEXTS = ("miniature", "miniature-text"), ("miniature-text", "roberta-glue", "flan-t5-glue")
 
 # ---- The methods: experts -> one model for all tasks, or a dict with one for each ------------------------------------
 
@@ -153,14 +172,25 @@ def mixture(
     objective: Callable[[Tensor], Tensor] = wemoe.mean_entropy,
     layer: Callable | None = None,
     shared: bool = False,
+    modules: str | None = None,
 ) -> Result:
     """WEMoE with routers of this depth, adapted to the unlabelled test images."""
     settings = suite.adaptation
-    options = {"router_depth": depth, "init_lambda": settings.init_lambda, "layer": layer}
+    options = {"router_depth": depth, "init_lambda": settings.init_lambda, "layer": layer, "modules": modules}
     model = wemoe.upscale(suite.pretrained, suite.experts, **options)
     model = (baselines.share_router(model) if shared else model).to(suite.device)
     curve = adapt(model, steps=settings.steps, lr=settings.lr, objective=objective)
-    return model, {"adaptation": curve, "routing": mean_routing_weights(suite, model)}
+    routing = {"routing": mean_routing_weights(suite, model), "first_choice": first_choices(suite, model)}
+    return model, {"adaptation": curve, **routing}
+
+
+def deepest_routed(suite: Suite, adapt: Callable, share: float) -> Result:
+    return mixture(suite, adapt, modules=deepest_mlps(suite.pretrained, share))
+
+
+def unloaded(suite: Suite, adapt: Callable) -> Result:
+    model, record = mixture(suite, adapt, depth=0)
+    return wemoe.unload(model), record
 
 
 def twin_merging(suite: Suite) -> Result:
@@ -202,9 +232,19 @@ class Method:
     make: Callable[..., Result]  # from the suite and, where it adapts, `adapt`
     seconds: int
     needs_training_images: bool = False
+    needs_validation: bool = False  # to choose λ by
+
+    @property
+    def needs(self) -> list[str]:  # Table 7
+        kinds = {
+            TRAINING_IMAGES: self.needs_training_images,
+            VALIDATION: self.needs_validation,
+            ADAPTATION: self.group == LEARNED,
+        }
+        return [kind for kind, needed in kinds.items() if needed]
 
 
-STATIC, GIVEN = "static", "given training images, or the task of every image"
+GIVEN = "given training images, or the task of every image"
 LEARNED, REFERENCE = "learned without labels", "for reference"
 
 
@@ -216,8 +256,8 @@ E_WEMOE = partial(mixture, layer=partial(baselines.SparseLinear, keep=0.1), shar
 DIVERSE = partial(mixture, objective=wemoe.negative_information)
 METHODS = {
     "Weight Averaging": Method(STATIC, weight_averaging, 3),
-    "Task Arithmetic": Method(STATIC, task_arithmetic, 25),
-    "TIES-Merging": Method(STATIC, ties, 25),
+    "Task Arithmetic": Method(STATIC, task_arithmetic, 25, needs_validation=True),
+    "TIES-Merging": Method(STATIC, ties, 25, needs_validation=True),
     "Fisher Merging": Method(GIVEN, fisher_merging, 20, needs_training_images=True),
     "RegMean": Method(GIVEN, regmean, 5, needs_training_images=True),
     "Twin-Merging": Method(GIVEN, twin_merging, 30, needs_training_images=True),
@@ -240,12 +280,15 @@ METHODS = {
 }
 MAIN = list(METHODS)
 STORY = ["Pre-trained", "Weight Averaging", "Task Arithmetic", "AdaMerging (layer-wise)", "WEMoE", "Individual"]
-DEPTHS = {0: "WEMoE (0-layer)", 1: "WEMoE (1-layer)", 2: "WEMoE"}
-RANKS = {rank: f"WEMoE (rank {rank})" for rank in (1, 2, 4, 8, 16, 32)}
 # For other experiments than the main one.
 METHODS.update({name: low_rank(rank) for rank, name in RANKS.items() if name not in METHODS})
 METHODS["WEMoE + diversity"] = Method(LEARNED, DIVERSE, 110)
 METHODS["TIES-Merging (mean)"] = Method(STATIC, partial(ties, merge="mean", usual=1.0), 25)
+METHODS[SEPARATELY] = Method(LEARNED, partial(mixture, depth=1, modules=r"\.(attn|mlp)$"), 300)
+METHODS[BLOCKS] = Method(LEARNED, partial(mixture, depth=1, modules=baselines.BLOCKS), 300)
+METHODS |= {name: Method(LEARNED, partial(deepest_routed, share=share), 90) for share, name in SHARES.items()}
+METHODS[UNLOADED] = Method(LEARNED, unloaded, 50)
+METHODS[LANDSCAPE] = Method(STATIC, landscape, 60)
 
 
 def run_method(suite: Suite, name: str, key: str, cache: Path, change: dict) -> dict:
@@ -270,15 +313,19 @@ def run_method(suite: Suite, name: str, key: str, cache: Path, change: dict) -> 
     needed = inspect.signature(method.make).parameters
     result = method.make(**{name: value for name, value in offered.items() if name in needed})
     model, record = result if isinstance(result, tuple) else (result, {})
+    before = time.perf_counter()
     accuracy = evaluate(suite, model)
+    after = time.perf_counter()
     models = list(model.values()) if isinstance(model, dict) else [model]
     parameters = [p for model in models for p in model.parameters()]
     entry = {
         "name": name,
         "group": method.group,
+        "needs": method.needs,
         "accuracy": {task: round(value, 2) for task, value in accuracy.items()},
         "average": round(mean(accuracy), 2),
-        "seconds": round(time.perf_counter() - start, 1),
+        "seconds": round(after - start, 1),
+        "evaluation_seconds": round(after - before, 2),
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "total_parameters": sum(p.numel() for p in parameters),
         "bytes": sum(map(model_bytes, models)),
@@ -295,253 +342,7 @@ def model_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in {*model.parameters(), *model.buffers()})
 
 
-# ---- The experiments: methods under conditions, and what they show ---------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Condition:
-    """`change` is what suite.variant takes; the table has the tasks in the order of `columns`, and their averages."""
-
-    name: str
-    methods: list[str]
-    change: dict = field(default_factory=dict)
-    columns: dict[str, list[str]] = field(default_factory=dict)
-    published: list[dict] = field(default_factory=list)
-
-
-class Measured:
-    """What was measured: condition -> method -> an entry of results.json for every seed."""
-
-    def __init__(self, suite: Suite, conditions: list[Condition], entries: dict[str, dict[str, list[dict]]]):
-        self.suite, self.conditions, self.entries = suite, conditions, entries
-
-    def has(self, *methods: str) -> bool:
-        return all(set(methods) <= entries.keys() for entries in self.entries.values())
-
-    def average(self, condition: str, method: str, tasks: list[str] | None = None) -> float | None:
-        """The average accuracy over tasks (all of them, unless given) and seeds; None if the method was not run."""
-        entries = self.entries[condition].get(method)
-        return entries and statistics.mean(report.averages(entries, tasks or self.suite.tasks))
-
-    def bars(self, groups: dict[str, tuple[str, list[str]]]) -> dict[str, dict[str, list[float]]]:
-        """Group -> method -> the average accuracy over the group's tasks under its condition, for every seed."""
-        return {
-            group: {name: report.averages(entries, tasks) for name, entries in self.entries[condition].items()}
-            for group, (condition, tasks) in groups.items()
-        }
-
-
-Shown = tuple[dict, list[dict]]  # figures by the names of their files, and claims
-
-
-def claim(text: str, holds: bool, detail: str) -> dict:
-    return {"claim": text, "holds": bool(holds), "detail": detail}
-
-
-def published(suite: Suite) -> dict[str, dict]:
-    """The published rows that ours may stand beside: with fewer steps than published, none of methods that adapt."""
-    shortened = [
-        name for name in suite.published if name in METHODS and METHODS[name].group == LEARNED and suite.shortened
-    ]
-    return {name: row for name, row in suite.published.items() if name not in shortened}
-
-
-def main_conditions(suite: Suite, methods: list[str]) -> list[Condition]:
-    return [Condition("main", methods, {}, {"Average": suite.tasks}, list(published(suite).values()))]
-
-
-def show_main(measured: Measured) -> Shown:
-    suite, entries = measured.suite, {name: seeds[0] for name, seeds in measured.entries["main"].items()}
-    average = {name: round(measured.average("main", name), 2) for name in entries}
-    figures = {
-        "accuracy": report.draw_accuracy(suite.tasks, list(entries.values())),
-    }
-    if all(images.dim() == 4 for images, _ in suite.test.values()):  # and not texts
-        figures["tasks"] = report.draw_tasks(suite.test)
-    if curves := {name: entry["adaptation"] for name, entry in entries.items() if "adaptation" in entry}:
-        figures["adaptation"] = report.draw_adaptation(curves, average, CURVE_IMAGES, suite.curve)
-    if curves := {name: entry["curve"] for name, entry in entries.items() if "curve" in entry}:
-        figures["scalings"] = report.draw_scalings(curves)
-    if "WEMoE" in entries:
-        figures["routing"] = report.draw_routing(suite.tasks, entries["WEMoE"]["routing"])
-    if suite.name not in MINIATURES:
-        return figures, published_claims(suite, entries, average)
-    return figures, paper_claims(entries, average)
-
-
-def published_claims(suite: Suite, entries: dict[str, dict], average: dict[str, float]) -> list[dict]:
-    """Our averages within 0.5 points of the published ones, or 0.8 where something is learned: like with like only.
-
-    Methods that depend on a choice of training images are left out; and the hub's rows of those that adapt, which were
-    adapted in another way (with routing weights averaged over the batch, at a constant learning rate).
-    """
-    claims = []
-    for name, row in published(suite).items() if suite.claimable else ():
-        like = row.get("claimed", True) and name in METHODS and not METHODS[name].needs_training_images
-        if name in entries and like and not (row["source"] == "hub" and "adaptation" in entries[name]):
-            theirs = statistics.mean(row["accuracy"][task] for task in suite.tasks)
-            margin = 0.8 if "adaptation" in entries[name] else 0.5
-            text = f"{name} is within {margin} points of the published average ({row['source']})"
-            claims.append(
-                claim(text, abs(average[name] - theirs) <= margin, f"{average[name]:.2f} against {theirs:.2f}")
-            )
-    return claims
-
-
-def paper_claims(entries: dict[str, dict], average: dict[str, float]) -> list[dict]:
-    """What the paper claims, on our own numbers; claims about methods that were not run are left out."""
-    average = dict(average)
-    if "Task Arithmetic" in entries:  # the strongest static merge, at its best λ, which no label-free method could know
-        merges = [entry for entry in entries.values() if entry["group"] == STATIC]
-        points = [point["average"] for entry in merges for point in entry.get("curve", [entry])]
-        average["Best static"] = round(max(points), 2)
-    order = ("Pre-trained", "Weight Averaging", "Task Arithmetic", "WEMoE", "Individual")
-    claims = [
-        claim(text, holds(*values), detail.format(*values))
-        for text, needs, holds, detail in (
-            ("Every expert's task is within its reach: the individual models average at least 90 %",
-             ("Individual",), lambda i: i >= 90, "{0:.1f}"),
-            ("Static merging loses at least 8 points against the individual models, even at the best λ",
-             ("Best static", "Individual"), lambda s, i: s <= i - 8, "{0:.1f} ≤ {1:.1f} - 8"),
-            ("The order is the paper's: pre-trained < averaging and task arithmetic < WEMoE ≤ individual",
-             order, lambda p, a, t, w, i: p < min(a, t) and max(a, t) < w <= i,
-             "{0:.1f} < {1:.1f}, {2:.1f} < {3:.1f} ≤ {4:.1f}"),
-            ("WEMoE is at least 5 points better than every static merge",
-             ("WEMoE", "Best static"), lambda w, s: w >= s + 5, "{0:.1f} ≥ {1:.1f} + 5"),
-            ("WEMoE is better than AdaMerging",
-             ("WEMoE", "AdaMerging (layer-wise)"), lambda w, a: w > a, "{0:.1f} > {1:.1f}"),
-            ("WEMoE recovers at least 95 % of the individual models' accuracy",
-             ("WEMoE", "Individual"), lambda w, i: w >= 0.95 * i, "{0:.1f} ≥ 0.95 · {1:.1f}"),
-            ("Routers that look at the input are not worse than constant ones",
-             tuple(DEPTHS.values()), lambda zero, one, two: zero <= min(one, two),
-             "0, 1, 2 layers: {0:.1f}, {1:.1f}, {2:.1f}"),
-        )
-        if all(name in average for name in needs) and (values := [average[name] for name in needs])
-    ]  # fmt: skip
-    if "WEMoE" in entries:
-        entropy, accuracy = (entries["WEMoE"]["adaptation"][what] for what in ("entropy", "accuracy"))
-        tenth = max(1, len(entropy) // 10)
-        first, last = (statistics.mean(part) for part in (entropy[:tenth], entropy[-tenth:]))
-        text = f"As the entropy falls, accuracy rises (on {CURVE_IMAGES} test images of each task)"
-        detail = f"entropy {first:.2f} → {last:.2f} nats, accuracy {accuracy[0]:.1f} → {accuracy[-1]:.1f}"
-        claims.append(claim(text, last < first and accuracy[-1] > accuracy[0], detail))
-    return claims
-
-
-def in_suite(suite: Suite, tasks: list[str]) -> list[str]:
-    """The suite's names of the paper's tasks: in the miniature, those of their counterparts."""
-    return [task if task in suite.heads else COUNTERPARTS[task] for task in tasks]
-
-
-def rows_of(suite: Suite, rows: list[dict], tasks: list[str]) -> list[dict]:
-    """Published rows with accuracies by task; none for another suite, or another part of one, than they are of."""
-    if suite.name != "ViT-B-32" or not suite.published:
-        return []
-    named = {OUR_NAMES.get(row["method"], row["method"]): row for row in rows}
-    cells = {name: row.get("accuracy") or row["seen"] + row["unseen"] for name, row in named.items()}
-    rows = {n: {"method": n, "source": "hub", "accuracy": dict(zip(tasks, cell))} for n, cell in cells.items()}
-    return list(published(replace(suite, published=rows)).values())
-
-
-def generalization_conditions(suite: Suite, methods: list[str]) -> list[Condition]:
-    conditions = []
-    for split in hub_generalization():
-        seen, unseen = in_suite(suite, split["seen"]), in_suite(suite, split["unseen"])
-        name, columns = f"merged without {' and '.join(unseen)}", {"Seen": seen, "Unseen": unseen}
-        rows = rows_of(suite, split["rows"], seen + unseen)
-        conditions.append(Condition(name, methods, {"experts": tuple(seen)}, columns, rows))
-    return conditions
-
-
-def show_generalization(measured: Measured) -> Shown:
-    groups, claims = {}, []
-    for condition in measured.conditions:
-        for part, tasks in condition.columns.items():
-            groups[f"{condition.name}:\n{part}".replace("without ", "without\n")] = condition.name, tasks
-        seen = {m: measured.average(condition.name, m, condition.columns["Seen"]) for m in condition.methods}
-        if len(seen) > 1 and (ours := seen.pop("WEMoE", None)) is not None:
-            text = f"WEMoE is the best on the tasks that were {condition.name}"
-            claims.append(claim(text, ours > max(seen.values()), f"{ours:.1f} > {max(seen.values()):.1f}"))
-    return {"generalization": report.draw_conditions(measured.bars(groups))}, claims
-
-
-def corrupted_conditions(
-    suite: Suite, methods: list[str], kinds: tuple[str, ...] = tuple(CORRUPTIONS)
-) -> list[Condition]:
-    conditions, published = [], hub_robustness()
-    for kind in ("clean", *kinds):
-        tasks, change = in_suite(suite, FOUR_TASKS), {} if kind == "clean" else {"split": kind}
-        rows = rows_of(suite, published["conditions"][kind], tasks)
-        conditions.append(Condition(kind.replace("_", " "), methods, change, {"Average": tasks}, rows))
-    return conditions
-
-
-def draw_corrupted(measured: Measured, name: str, groups: dict[str, tuple[str, list[str]]]) -> dict:
-    suite, pictures = measured.suite, {}
-    for c in measured.conditions:
-        test = suite.variant(**c.change).test
-        pictures[c.name] = torch.cat([test[task][0][:6] for task in suite.tasks]), None
-    return {"tasks": report.draw_tasks(pictures), name: report.draw_conditions(measured.bars(groups))}
-
-
-def show_robustness(measured: Measured) -> Shown:
-    return draw_corrupted(
-        measured, "robustness", {c.name: (c.name, measured.suite.tasks) for c in measured.conditions}
-    ), []
-
-
-def show_collapse(measured: Measured) -> Shown:
-    """Means over seeds: the worst task under noise, and what the cure gives there and costs on clean images."""
-    tasks = measured.suite.tasks
-    groups = {f"{c.name}:\n{task}": (c.name, [task]) for c in measured.conditions for task in tasks}
-    figures, methods = draw_corrupted(measured, "collapse", groups), ("Task Arithmetic", "WEMoE", "WEMoE + diversity")
-    if not measured.has(*methods):
-        return figures, []
-    clean, noise = (c.name for c in measured.conditions)
-    of = measured.average
-    worst = min(tasks, key=lambda task: of(noise, "WEMoE", [task]) - of(noise, "Task Arithmetic", [task]))
-    arithmetic, plain, cured = (of(noise, method, [worst]) for method in methods)
-    gain, cost = (of(c, "WEMoE + diversity") - of(c, "WEMoE") for c in (noise, clean))
-    text = f"Under {noise}, WEMoE makes the worst-hit task ({worst}) worse than task arithmetic leaves it"
-    better = f"{worst} {cured:.1f} > {arithmetic:.1f}, average {gain:+.1f} against WEMoE without"
-    return figures, [
-        claim(text, plain < arithmetic, f"{plain:.1f} < {arithmetic:.1f}"),
-        claim(
-            "With diverse predictions it does not, and the average is better", cured > arithmetic and gain > 0, better
-        ),
-        claim("That costs at most half a point on clean images", cost >= -0.5, f"{cost:+.1f}"),
-    ]
-
-
-ABLATION = {
-    "lr": lambda s: [s.lr * factor for factor in (0.25, 0.5, 1, 2)],
-    "steps": lambda s: [max(1, round(s.steps * factor)) for factor in (0.125, 0.25, 0.5, 1)],
-    "init_lambda": lambda s: [0.1, 0.2, 0.3, 0.4, 0.5],
-    "share": lambda s: [0.02, 0.05, 0.1, 0.25, 1.0],
-}
-
-
-def ablation_conditions(suite: Suite, methods: list[str]) -> list[Condition]:
-    conditions = [Condition("as it is", methods, {}, {"Average": suite.tasks})]
-    for setting, values in ABLATION.items():
-        for value in dict.fromkeys(values(suite.adaptation)):
-            if value != getattr(suite.adaptation, setting):
-                columns = {"Average": suite.tasks}
-                conditions.append(Condition(f"{setting} = {value:g}", ["WEMoE"], {setting: value}, columns))
-    return conditions
-
-
-def show_ablation(measured: Measured) -> Shown:
-    of, usual = partial(measured.average, "as it is"), measured.suite.adaptation
-    panels = {"router layers": {depth: of(name) for depth, name in DEPTHS.items()}}
-    panels["rank"] = {rank: of(name) for rank, name in RANKS.items()}
-    for setting in ABLATION:
-        panels[setting] = {getattr(usual, setting): of("WEMoE")}
-        panels[setting] |= {
-            c.change[setting]: measured.average(c.name, "WEMoE") for c in measured.conditions if setting in c.change
-        }
-    panels = {name: {x: y for x, y in sorted(points.items()) if y is not None} for name, points in panels.items()}
-    return {"ablation": report.draw_ablation({name: points for name, points in panels.items() if points})}, []
+# ---- The experiments: their names, what they run and what they show --------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -550,48 +351,143 @@ class Experiment:
     conditions: Callable[[Suite, list[str]], list[Condition]]
     show: Callable[[Measured], Shown]
     methods: list[str]  # that it may run
+    minutes: int  # about what it takes in the miniature on 2 cores
+    paper: tuple[str, ...] = ()  # its numbers in the paper
     usual: list[str] | None = None  # that it runs unless told otherwise; None: all of them
     tasks: list[str] | None = None  # of the paper's suites; in the miniature, their counterparts
+    all_tasks: bool = False  # whether it needs all of them
     splits: tuple[str, ...] = ()  # of the data sets, besides the test split
     seeds: int = 1
-    paper: tuple[str, ...] = ()  # its numbers in the paper
+    steps: int | None = None  # of adaptation, in the miniature; None: as many as usual
+    scalings: tuple[float, ...] = ()  # λ that methods which merge once try, besides their own
+    details: bool = False  # whether its tables tell time and size, too
+    needs_suite: bool = True
 
 
-FOUR_TASKS = hub_robustness()["tasks"]
-SHIFTED = ["Task Arithmetic", "TIES-Merging", "Fisher Merging", "RegMean", "AdaMerging (layer-wise)", "WEMoE"]
+SHIFTED = ["Task Arithmetic", "TIES-Merging", "Fisher Merging", "RegMean", "AdaMerging (layer-wise)"]
+SHIFTED += ["AdaMerging++ (layer-wise)", "WEMoE (0-layer)", "WEMoE"]
+CORRUPTED = {"tasks": ROBUSTNESS_TASKS, "splits": tuple(CORRUPTIONS)}
 EXPERIMENTS = {
     "main": Experiment(
-        "methods on every task", main_conditions, show_main, MAIN, STORY, paper=("table2", "table3", "table10")
+        "methods on every task, and what each needs besides the experts",
+        experiments.eight_tasks,
+        experiments.show_main,
+        MAIN,
+        4,
+        ("table2", "table3", "table7"),
+        usual=STORY,
+        details=True,
+    ),
+    "depths": Experiment(
+        "routers of no, one and two layers",
+        partial(experiments.eight_tasks, rows=router_depths),
+        experiments.show_depths,
+        ["AdaMerging (layer-wise)", *DEPTHS.values()],
+        4,
+        ("table10",),
+    ),
+    "modules": Experiment(
+        "what is routed: MLPs, attention and MLPs, or entire blocks, by one-layer routers",
+        partial(experiments.eight_tasks, rows=routed_modules),
+        experiments.show_modules,
+        [MLP_ONLY, SEPARATELY, BLOCKS],
+        10,
+        ("table6",),
     ),
     "generalization": Experiment(
         "six tasks merged, eight tested",
-        generalization_conditions,
-        show_generalization,
-        ["Pre-trained", *SHIFTED, "WEMoE (0-layer)"],
-        paper=("table4",),
+        experiments.generalization_conditions,
+        experiments.show_generalization,
+        ["Pre-trained", *SHIFTED],
+        10,
+        ("table4",),
+        all_tasks=True,
     ),
     "robustness": Experiment(
         "four tasks merged, tested under seven corruptions",
-        corrupted_conditions,
-        show_robustness,
-        [*SHIFTED, "WEMoE (0-layer)", "WEMoE + diversity"],
-        tasks=FOUR_TASKS,
-        splits=tuple(CORRUPTIONS),
-        paper=("table5", "table11"),
+        experiments.corrupted_conditions,
+        experiments.show_robustness,
+        [*SHIFTED, "WEMoE + diversity"],
+        20,
+        ("table5", "table11"),
+        **CORRUPTED,
+    ),
+    "sweep": Experiment(
+        "accuracy against λ, under corruptions",
+        experiments.sweep_conditions,
+        experiments.show_sweep,
+        ["Task Arithmetic", "TIES-Merging", DEPTHS[0], DEPTHS[2]],
+        5,
+        ("fig5", "fig10"),
+        **CORRUPTED,
+        steps=40,
+        scalings=experiments.LAMBDAS,
     ),
     "ablation": Experiment(
-        "settings of WEMoE, one at a time",
-        ablation_conditions,
-        show_ablation,
+        "settings of WEMoE, one at a time, and accuracy during adaptation by learning rate",
+        experiments.ablation_conditions,
+        experiments.show_ablation,
         [*DEPTHS.values(), *RANKS.values()],
-        paper=("fig4",),
+        15,
+        ("fig4",),
+    ),
+    "layers": Experiment(
+        "only the deeper MLPs routed: accuracy, parameters and time",
+        experiments.one_table,
+        experiments.show_layers,
+        ["Task Arithmetic", *SHARES.values(), "WEMoE"],
+        5,
+        ("appendixd",),
+    ),
+    "unload": Experiment(
+        "constant routers merged once and for all: the same accuracies from a dense model",
+        experiments.one_table,
+        experiments.show_unload,
+        ["Task Arithmetic", DEPTHS[0], UNLOADED],
+        2,
+        ("appendixb3",),
+        details=True,
+    ),
+    "routing": Experiment(
+        "mean routing weights and first choices, by layer and task",
+        experiments.one_table,
+        experiments.show_routing,
+        ["WEMoE"],
+        2,
+        ("fig11", "fig12"),
+    ),
+    "vectors": Experiment(
+        "lengths and angles of task vectors by layer, attention against MLP",
+        experiments.no_conditions,
+        experiments.show_vectors,
+        [],
+        1,
+        ("fig3",),
+    ),
+    "landscape": Experiment(
+        "the loss over (λ1, λ2) for pairs of tasks",
+        experiments.pairs_of_tasks,
+        experiments.show_landscapes,
+        [LANDSCAPE],
+        3,
+        ("fig7",),
+    ),
+    "parameters": Experiment(
+        "numbers of parameters, computed from the architectures: no weights, no download",
+        experiments.no_conditions,
+        experiments.show_parameters,
+        [],
+        1,
+        ("table8", "table1", "table9"),
+        needs_suite=False,
     ),
     "collapse": Experiment(
         "where minimising the entropy goes wrong, and its cure, over five seeds",
-        partial(corrupted_conditions, kinds=("impulse_noise",)),
-        show_collapse,
+        partial(experiments.corrupted_conditions, kinds=("impulse_noise",)),
+        experiments.show_collapse,
         ["Task Arithmetic", "WEMoE", "WEMoE + diversity"],
-        tasks=FOUR_TASKS,
+        15,
+        tasks=ROBUSTNESS_TASKS,
         splits=("impulse_noise",),
         seeds=5,
     ),
@@ -603,62 +499,80 @@ def run(arguments: argparse.Namespace) -> bool:
     output, experiment = arguments.folder, EXPERIMENTS[arguments.experiment]
     for folder in (arguments.cached, output):
         folder.mkdir(parents=True, exist_ok=True)
+    measured = measure(arguments, experiment) if experiment.needs_suite else None
+    shown = experiment.show(measured) if rank() == 0 else Shown()
+    text = shown.text or report.tables(measured.conditions, measured.entries, experiment.details)
+    text += f"\n{measured.suite.note}\n" if measured and measured.suite.note else ""
+    results = results_of(arguments, measured, shown.claims)
+    if rank() == 0:
+        write(output / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
+        write(output / "table.md", lambda path: path.write_text(text))
+        for name, figure in shown.figures.items():
+            write(output / f"{name}.png", partial(report.save, figure))
+    say("\n" + text)
+    if measured is not None and measured.suite.source is None and arguments.suite in ARCHITECTURES:
+        say("Fewer tasks or images than published, or another model: no comparison with published figures.")
+    for entry in shown.claims:
+        say(f"{'✓' if entry['holds'] else '✗'} {entry['claim']}: {entry['detail']}")
+    say(f"\nResults and figures are in {output}/.")
+    return all(entry["holds"] for entry in shown.claims)
+
+
+def measure(arguments: argparse.Namespace, experiment: Experiment) -> Measured:
+    """Run every method under each of its conditions, or read what is kept, for every seed."""
     if arguments.on_cores:
         torch.set_num_threads(1)  # always, so that the number of workers does not change results
         seconds = [METHODS[name].seconds for name in arguments.methods]
-        once = 60 + max(max(seconds), sum(seconds) / arguments.workers)  # experts first, then the methods side by side
+        minutes = experiment.minutes * arguments.seeds / experiment.seeds
+        if arguments.experiment == "main":  # experts first, then the methods side by side
+            minutes = (60 + max(max(seconds), sum(seconds) / arguments.workers)) * arguments.seeds / 60
         say(
-            f"{len(seconds)} methods on {len(arguments.tasks)} tasks, {arguments.seeds} seed(s): from nothing some "
-            f"{once * arguments.seeds / 60:.0f} minutes for each condition on this kind of machine (2 cores)."
+            f"{len(seconds)} methods on {len(arguments.tasks)} tasks, {arguments.seeds} seed(s): "
+            f"from nothing some {minutes:.0f} minutes on this kind of machine (2 cores)."
         )
     entries: dict[str, dict[str, list[dict]]] = {}
     for seed in range(arguments.seed, arguments.seed + arguments.seeds):
         suite = SUITES[arguments.suite][0](argparse.Namespace(**{**vars(arguments), "seed": seed}))
-        if arguments.experiment != "main":
-            suite.scalings = ()  # only there the accuracy at other λ is asked for
+        if arguments.experiment != "main":  # only there all suites say which λ to try
+            suite.scalings = experiment.scalings
         conditions, key = experiment.conditions(suite, arguments.methods), suite.key
         pairs = [(condition, name) for condition in conditions for name in condition.methods]
         pairs.sort(key=lambda pair: -METHODS[pair[1]].seconds)  # the long ones first
-        calls = [(name, key, arguments.cached, condition.change) for condition, name in pairs]
+        calls = [(name, key, arguments.cached, {**c.change, **c.settings.get(name, {})}) for c, name in pairs]
         for (condition, name), entry in zip(pairs, each(suite, run_method, calls, arguments.workers)):
             entries.setdefault(condition.name, {}).setdefault(name, []).append(entry)
     entries = {c.name: {name: entries[c.name][name] for name in c.methods} for c in conditions}
-    measured = Measured(suite, conditions, entries)
-    figures, claims = experiment.show(measured) if rank() == 0 else ({}, [])
+    comparable = [replace(c, published=experiments.comparable(suite, c.published, entries[c.name])) for c in conditions]
+    return Measured(suite, comparable, entries)
+
+
+def results_of(arguments: argparse.Namespace, measured: Measured | None, claims: list[dict]) -> dict:
+    """What results.json holds."""
     results = {
-        "suite": suite.name,
+        "suite": arguments.name,
         "experiment": arguments.experiment,
         "seed": arguments.seed,
         "seeds": arguments.seeds,
-        "device": str(suite.device),
+        "device": arguments.device,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "open_clip": open_clip.__version__,
         },
-        "settings": {"precision": suite.precision, "adaptation": asdict(suite.adaptation), "limit": arguments.limit},
-        "tasks": suite.tasks,
         "claims": claims,
     }
+    if measured is None:
+        return results
+    suite, conditions, entries = measured.suite, measured.conditions, measured.entries
+    adaptation = asdict(suite.adaptation)
+    results["settings"] = {"precision": suite.precision, "adaptation": adaptation, "limit": arguments.limit}
+    results["tasks"] = suite.tasks
     if arguments.experiment == "main":
         results["methods"] = [seeds[0] for seeds in entries["main"].values()]
         results["published"] = conditions[0].published
     if arguments.experiment != "main" or arguments.seeds > 1:
         results["conditions"] = [dict(asdict(c), methods=entries[c.name]) for c in conditions]
-    text = report.tables(conditions, entries, details=arguments.experiment == "main")
-    text += f"\n{suite.note}\n" if suite.note else ""
-    if rank() == 0:
-        write(output / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
-        write(output / "table.md", lambda path: path.write_text(text))
-        for name, figure in figures.items():
-            write(output / f"{name}.png", partial(report.save, figure))
-    say("\n" + text)
-    if not suite.published and suite.name not in MINIATURES:
-        say("Fewer tasks or images than published, or another model: no comparison with published figures.")
-    for entry in claims:
-        say(f"{'✓' if entry['holds'] else '✗'} {entry['claim']}: {entry['detail']}")
-    say(f"\nResults and figures are in {output}/.")
-    return all(entry["holds"] for entry in claims)
+    return results
 
 
 # ---- The command line ------------------------------------------------------------------------------------------------
@@ -677,7 +591,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--experiment", default="main", metavar="NAME", help=f"{', '.join(EXPERIMENTS)} (default: %(default)s), or list"
     )
-    add("--tasks", nargs="+", metavar="TASK", help="in main and ablation, only these tasks (default: all eight)")
+    add("--tasks", nargs="+", metavar="TASK", help="only these, where the experiment allows it (default: all eight)")
     add(
         "--methods",
         nargs="+",
@@ -704,16 +618,20 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parsed = parser.parse_args(arguments)
     paper, glue = parsed.suite not in MINIATURES, parsed.suite.endswith("-glue")
     numbers = {number: name for name, experiment in EXPERIMENTS.items() for number in experiment.paper}
-    parsed.experiment = numbers.get(parsed.experiment.lower(), parsed.experiment)
+    parsed.experiment = numbers.get(parsed.experiment.lower().replace(" ", ""), parsed.experiment)
     (parsed.experiment,) = choose("experiment", [parsed.experiment], list(EXPERIMENTS))
     experiment = EXPERIMENTS[parsed.experiment]
-    if (glue or parsed.suite == "miniature-text") and parsed.experiment not in ("main", "ablation"):
-        raise InputError(f"{parsed.suite} has the experiments main and ablation: {parsed.experiment} is about images")
-    if parsed.tasks and parsed.experiment not in ("main", "ablation"):
-        raise InputError(f"--tasks is for the experiments main and ablation; {parsed.experiment} has its own")
+    if parsed.suite in TEXTS and parsed.experiment not in ("main", "depths", "ablation"):
+        raise InputError(f"{parsed.suite} has main, depths and ablation: {parsed.experiment} is about images")
+    if parsed.tasks and (experiment.tasks or experiment.all_tasks):
+        raise InputError(f"--tasks is not for the experiment {parsed.experiment}, which has its own")
     if experiment.tasks:
         parsed.tasks = [task if paper else COUNTERPARTS[task] for task in experiment.tasks]
-    parsed.tasks = choose("task", parsed.tasks, SUITES[parsed.suite][1])
+    known = SUITES[parsed.suite][1]
+    parsed.tasks = choose("task", parsed.tasks, known)
+    parsed.whole = bool(experiment.tasks) or parsed.tasks == known  # as what is published
+    if not paper and experiment.steps:
+        parsed.steps = parsed.steps or experiment.steps
     methods = [name for name in experiment.methods if not (glue and name in SENSELESS)]
     usual = experiment.usual if experiment.usual and not paper else methods
     usual = [name for name in methods if name in usual]
@@ -761,9 +679,11 @@ def choose(kind: str, wanted: list[str] | None, known: list[str]) -> list[str]:
 
 def list_experiments() -> None:
     for name, experiment in EXPERIMENTS.items():
-        minutes = sum(METHODS[m].seconds for m in experiment.usual or experiment.methods) * experiment.seeds / 120
-        numbers = f" (the paper's {', '.join(experiment.paper)})" if experiment.paper else ""
-        say(f"{name}{numbers}: {experiment.about}; in the miniature, one condition takes some {minutes:.0f} minutes")
+        needs = f"{len(experiment.tasks)} tasks" if experiment.tasks else "the suite"
+        needs += " and their corrupted test images" if experiment.splits else ""
+        needs = needs if experiment.needs_suite else "nothing"
+        numbers = f" ({', '.join(experiment.paper)})" if experiment.paper else ""
+        say(f"{name}{numbers}: {experiment.about}; needs {needs}; in the miniature, some {experiment.minutes} min")
 
 
 OUT_OF_MEMORY = """out of memory; what is finished is kept. Adaptation takes most: --adapt-precision bfloat16

@@ -23,7 +23,7 @@ def table(
     for average, tasks in columns.items():
         headings += [*tasks, average]
         cells += [*([task] for task in tasks), tasks]
-    headings += ["Seconds", "Parameters", "learned", "MB"] if details else []
+    headings += ["Seconds", "of evaluation", "Parameters", "learned", "MB", "Needs"] if details else []
     theirs = {row["method"]: row for row in published}
     group = None
     for name, entries in methods.items():
@@ -34,13 +34,20 @@ def table(
         rows.append([name, *(spread(value) for value in values)])
         if details:
             learned = entries[0].get("learned", entries[0]["trainable_parameters"])
-            costs = f"{entries[0]['seconds']:.0f}", f"{entries[0]['total_parameters']:,}", f"{learned:,}"
-            rows[-1] += [*costs, f"{entries[0]['bytes'] / 1e6:.1f}"]
+            times = f"{entries[0]['seconds']:.0f}", f"{entries[0]['evaluation_seconds']:.1f}"
+            sizes = f"{entries[0]['total_parameters']:,}", f"{learned:,}", f"{entries[0]['bytes'] / 1e6:.1f}"
+            rows[-1] += [*times, *sizes, ", ".join(entries[0]["needs"])]
         if row := theirs.get(name):
             known = [averages([row], tasks)[0] for tasks in cells]
             rest = [""] * (len(headings) - 1 - len(known))
             rows.append([f"  published ({row['source']})", *(f"{value:.1f}" for value in known), *rest])
+            if details:
+                rows[-1][-1] = ", ".join(row.get("needs", []))
             rows.append(["  difference", *(f"{statistics.mean(a) - b:+.1f}" for a, b in zip(values, known)), *rest])
+    return markdown(headings, rows)
+
+
+def markdown(headings: list[str], rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in [headings, *rows]) for i in range(len(headings))]
     lines = [
         "| " + " | ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
@@ -141,28 +148,65 @@ def draw_adaptation(curves: dict[str, dict], averages: dict[str, float], images:
     return figure
 
 
-def draw_routing(tasks: list[str], routing: dict[str, list[list[float]]]) -> Figure:
+def draw_routing(
+    tasks: list[str],
+    routing: dict[str, list[list[float]]],
+    label: str = "mean routing weight λ",
+    limit: float | None = None,
+) -> Figure:
     """Heat maps, one for every routed module: to which expert do images of which task go?"""
-    figure, axes = panels(1, len(routing), figsize=(3.2 * len(routing) + 1, 5), sharey=True)
-    limit = max(abs(value) for rows in routing.values() for row in rows for value in row)
-    for axis, (name, rows) in zip(axes[0], routing.items()):
-        image = axis.imshow(rows, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    columns = min(6, len(routing))
+    rows = -(-len(routing) // columns)
+    size = (3.2 * columns + 1, 4 * rows + 1)
+    figure, axes = panels(rows, columns, figsize=size, sharey=True)
+    limit = limit or max(abs(value) for rows in routing.values() for row in rows for value in row)
+    for axis, (name, matrix) in zip(axes.flat, routing.items()):
+        image = axis.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit)
         axis.set_title(name.removeprefix("transformer."), fontsize=9)
-        axis.set_xticks(range(len(tasks)), tasks, rotation=90)
+        axis.set_xticks(range(len(matrix[0])), tasks[: len(matrix[0])], rotation=90)
         axis.set_xlabel("task vector")
-    axes[0, 0].set_yticks(range(len(tasks)), tasks)
-    axes[0, 0].set_ylabel("images of task")
-    figure.colorbar(image, ax=axes, label="mean routing weight λ", shrink=0.8)
+    for axis in axes[:, 0]:
+        axis.set_yticks(range(len(tasks)), tasks)
+        axis.set_ylabel("images of task")
+    figure.colorbar(image, ax=axes, label=label, shrink=0.8)
     return figure
 
 
-def draw_scalings(curves: dict[str, list[dict]]) -> Figure:
-    """Average accuracy against the scaling λ, a line for each method that was tried with several."""
-    figure, ((axis,),) = panels(figsize=(6, 4))
-    for name, curve in curves.items():
-        axis.plot([point["scaling"] for point in curve], [point["average"] for point in curve], "o-", label=name)
-    axis.set(xlabel="λ", ylabel="average accuracy (%)")
-    axis.legend()
+def draw_landscapes(surfaces: dict[str, tuple[tuple[str, str], list[float], list[list[float]]]]) -> Figure:
+    """Contours of the loss over (λ1, λ2), a panel for each pair of tasks: their names, the grid, loss[i][j]."""
+    figure, axes = panels(1, len(surfaces), figsize=(3.6 * len(surfaces), 3.4))
+    for axis, ((one, two), grid, loss) in zip(axes[0], surfaces.values()):
+        contours = axis.contourf(grid, grid, list(zip(*loss)), levels=20, cmap="viridis")  # λ1 to the right
+        axis.plot([0, 1, 0], [0, 0, 1], "wo", markersize=4)  # θ_0 and the two experts
+        axis.set(xlabel=f"λ1: {one}", ylabel=f"λ2: {two}", aspect="equal")
+        figure.colorbar(contours, ax=axis, label="loss (nats)", shrink=0.8)
+    return figure
+
+
+def draw_lines(
+    panels_of: dict[str, dict[str, dict[float, float]]],
+    theirs: dict[str, dict[str, dict[float, float]]] | None = None,
+    ylabel: str = "accuracy (%)",
+    columns: int = 5,
+) -> Figure:
+    """A panel for each x axis or condition, a line for each label: x -> y; dashed, what was published."""
+    theirs, rows = theirs or {}, -(-len(panels_of) // columns)
+    columns = min(columns, len(panels_of))
+    figure, axes = panels(rows, columns, figsize=(3 * columns + 2.5, 3.2 * rows), sharey=ylabel == "accuracy (%)")
+    labels = list(dict.fromkeys(label for lines in panels_of.values() for label in lines))
+    colours = dict(zip(labels, itertools.cycle(colormaps["tab10"].colors)))
+    for axis in axes.flat[len(panels_of) :]:
+        axis.axis("off")
+    for (name, lines), axis in zip(panels_of.items(), axes.flat):
+        for label, points in lines.items():
+            axis.plot(list(points), list(points.values()), "o-", color=colours[label], label=label, markersize=4)
+        for label, points in theirs.get(name, {}).items():
+            style = {"color": colours.get(label, "k"), "label": f"{label}, published", "markersize": 4}
+            axis.plot(list(points), list(points.values()), "^--", **style)
+        axis.set(xlabel=name)
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel(ylabel)
+    axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
     return figure
 
 
@@ -179,17 +223,6 @@ def draw_conditions(conditions: dict[str, dict[str, list[float]]]) -> Figure:
     axis.set_xticks([x + 0.4 - width / 2 for x in range(len(conditions))], [c.replace("_", " ") for c in conditions])
     axis.set(ylabel="accuracy (%)", ylim=(0, 100))
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
-
-
-def draw_ablation(settings: dict[str, dict[str, float]]) -> Figure:
-    """One panel for each setting: accuracy at each of its values."""
-    figure, axes = panels(1, len(settings), figsize=(3 * len(settings), 3.2), sharey=True)
-    for (setting, points), axis in zip(settings.items(), axes[0]):
-        axis.plot(list(points), list(points.values()), "o-")
-        axis.set(xlabel=setting)
-        axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("average accuracy (%)")
     return figure
 
 

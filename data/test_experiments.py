@@ -33,7 +33,7 @@ from torch import nn
 
 import reproduce
 import wemoe
-from data import baselines, bench
+from data import baselines, bench, experiments
 from data.dependencies import code_of
 from data.files import alone
 from data.miniature import render
@@ -226,19 +226,19 @@ def entries(**accuracy: float) -> list[dict]:
 
 
 def verdicts(show, columns: dict[str, dict], measured: dict, monkeypatch) -> list[bool]:
-    conditions = [reproduce.Condition(name, list(measured[name]), {}, parts) for name, parts in columns.items()]
+    conditions = [experiments.Condition(name, list(measured[name]), {}, parts) for name, parts in columns.items()]
     tasks = [task for parts in columns[conditions[0].name].values() for task in parts]
     suite = SimpleNamespace(tasks=tasks, variant=lambda: SimpleNamespace(test={}))
-    monkeypatch.setattr(reproduce, "draw_corrupted", lambda *_: {})
-    return [claim["holds"] for claim in show(reproduce.Measured(suite, conditions, measured))[1]]
+    monkeypatch.setattr(experiments, "draw_corrupted", lambda *_: {})
+    return [claim["holds"] for claim in show(experiments.Measured(suite, conditions, measured))[1]]
 
 
 def test_claims_about_unseen_tasks_and_collapse(monkeypatch):
     columns = {"without C": {"Seen": ["A", "B"], "Unseen": ["C"]}}
     measured = {"without C": {"WEMoE": entries(A=90, B=80, C=10), "RegMean": entries(A=89, B=79, C=99)}}
-    assert verdicts(reproduce.show_generalization, columns, measured, monkeypatch) == [True]
+    assert verdicts(experiments.show_generalization, columns, measured, monkeypatch) == [True]
     measured["without C"]["RegMean"] = entries(A=95, B=79, C=9)
-    assert verdicts(reproduce.show_generalization, columns, measured, monkeypatch) == [False]
+    assert verdicts(experiments.show_generalization, columns, measured, monkeypatch) == [False]
 
     columns = dict.fromkeys(("clean", "noise"), {"Average": ["A", "B"]})
     ta, cured = "Task Arithmetic", "WEMoE + diversity"
@@ -246,16 +246,16 @@ def test_claims_about_unseen_tasks_and_collapse(monkeypatch):
         "clean": {ta: entries(A=80, B=80), "WEMoE": entries(A=95, B=95), cured: entries(A=94, B=95.2)},
         "noise": {ta: entries(A=50, B=50), "WEMoE": entries(A=9, B=90), cured: entries(A=70, B=80)},
     }
-    assert verdicts(reproduce.show_collapse, columns, base, monkeypatch) == [True, True, True]
+    assert verdicts(experiments.show_collapse, columns, base, monkeypatch) == [True, True, True]
     for condition, method, accuracy, verdict in (
         ("noise", "WEMoE", entries(A=60, B=60), [False, True, True]),
         ("noise", "WEMoE + diversity", entries(A=40, B=90), [True, False, True]),
         ("clean", "WEMoE + diversity", entries(A=93, B=95), [True, True, False]),
     ):
         changed = {**base, condition: {**base[condition], method: accuracy}}
-        assert verdicts(reproduce.show_collapse, columns, changed, monkeypatch) == verdict
+        assert verdicts(experiments.show_collapse, columns, changed, monkeypatch) == verdict
     del base["noise"]["WEMoE"]
-    assert verdicts(reproduce.show_collapse, columns, base, monkeypatch) == []
+    assert verdicts(experiments.show_collapse, columns, base, monkeypatch) == []
 
 
 def test_bench_measures_ours_the_loop_and_the_dense_model(monkeypatch, tmp_path, capsys):
@@ -348,7 +348,7 @@ def fabricated(**average: float) -> dict[str, dict]:
 
 
 def claims_of(methods: dict[str, dict]) -> list[dict]:
-    return reproduce.paper_claims(methods, {name: method["average"] for name, method in methods.items()})
+    return experiments.paper_claims(methods, {name: method["average"] for name, method in methods.items()})
 
 
 PAPER = dict(Individual=90.3, Task_Arithmetic=68.0, WEMoE=89.2)  # the published averages for ViT-B/32
@@ -501,7 +501,7 @@ def test_other_experiments_on_the_papers_suite(paper, tmp_path):
     for condition, split in zip(results["conditions"], published.hub_generalization()):
         assert condition["columns"] == {"Seen": split["seen"], "Unseen": split["unseen"]}
         names = [row["method"] for row in condition["published"]]
-        assert names == ["Pre-trained", "Fisher Merging", "RegMean", "RegMean++", "Task Arithmetic", "TIES-Merging"]
+        assert {"Task Arithmetic", "RegMean"} <= set(names) and "WEMoE" not in names  # it adapted in one step, not 1000
     assert "  published (hub)" in (tmp_path / "results" / folder / "table.md").read_text()
 
     tasks = published.hub_robustness()["tasks"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from data.files import InputError
 from data.paper import hub, images
 from data.paper.authors import load_authors_experts
-from data.paper.published import adaptation_curves, hub_rows, paper_tables
+from data.paper.published import adaptation_curves, eight_tasks
 from data.processes import progress, say
 from data.suite import Adaptation, Suite, Training, make_experts
 
@@ -65,9 +65,9 @@ def paper_suite(arguments: argparse.Namespace) -> Suite:
         normalise=partial(images.normalise, prep=prep),
     )
     suite.claimable, suite.shortened = not any(notices), suite.adaptation.steps != ADAPTATION.steps
-    whole = arguments.tasks == list(hub.TASKS) or arguments.experiment != "main"
-    if whole and arguments.pretrained == "openai" and not limit and not arguments.finetune:
-        suite.published = published_rows(arch.name, from_hub)
+    if arguments.whole and arguments.pretrained == "openai" and not limit and not arguments.finetune:
+        suite.source = "hub" if from_hub else "paper"
+        suite.published = {row["method"]: row for row in eight_tasks(arch.name, suite.source)}
         curves = adaptation_curves(arch.name)
         suite.curve = next((c for c in curves if c["learning_rate"] == suite.adaptation.lr), None)
     if arguments.finetune:
@@ -78,28 +78,6 @@ def paper_suite(arguments: argparse.Namespace) -> Suite:
         suite.experts[task].load_state_dict(state, assign=True)
         suite.experts[task].requires_grad_(False)
     return suite
-
-
-OUR_NAMES = {
-    "WEMoE (2-layer)": "WEMoE",
-    "WEMoE (1-layer router)": "WEMoE (1-layer)",
-    "Weight-Ensembling MoE": "WEMoE",
-    "E-WEMoE (90%)": "E-WEMoE",
-    "Ties-Merging": "TIES-Merging",
-    "Layer-wise AdaMerging": "AdaMerging (layer-wise)",
-    "Concrete AdaMerging (layer-wise)": "Concrete AdaMerging",
-}
-
-
-def published_rows(arch: str, from_hub: bool) -> dict[str, dict]:
-    """Method -> accuracies by task: measured on the hub's checkpoints, or the paper's own, on the authors'."""
-    rows = [dict(row, source="hub") for row in hub_rows(arch) if row.get("source", "hub") == "hub"]
-    if not from_hub:
-        tables = paper_tables()
-        rows = [dict(row, source="paper") for number in ("10", "2", "3") for row in tables[number]["rows"]
-                if tables[number]["model"] == arch]  # fmt: skip
-    named = {OUR_NAMES.get(row["method"], row["method"]): row for row in rows}
-    return {name: dict(row, method=name, accuracy=dict(zip(hub.TASKS, row["accuracy"]))) for name, row in named.items()}
 
 
 def refuse_twins(pretrained: dict[str, Tensor], experts: dict[str, dict[str, Tensor]]) -> None:
