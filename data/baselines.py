@@ -93,8 +93,8 @@ def emr(task_vectors: Vectors) -> tuple[State, list[State], list[float]]:
 def tall_masks(task_vectors: Vectors, threshold: float = 0.4) -> tuple[State, list[State]]:
     """The sum τ of the task vectors, and what each task needs of it, M_t = (|τ_t| > threshold |τ - τ_t|).
 
-    The model of task t is θ_0 + M_t τ (TALL masks, Wang et al., arXiv 2405.07813, who choose a threshold from 0.2 to 0.6
-    for each task on labelled images).
+    The model of task t is θ_0 + M_t τ (TALL masks, Wang et al., arXiv 2405.07813; there the threshold,
+    of 0.2 to 0.6, is chosen for each task on labelled images).
     """
     vectors = _members(task_vectors)
     unified, masks = {}, [{} for _ in vectors]
@@ -132,7 +132,7 @@ def _stacked(vectors: list[State]) -> Iterator[tuple[str, Tensor]]:
     return ((name, torch.stack([tau[name] for tau in vectors]).double()) for name in vectors[0])
 
 
-# ---- Matrices by their singular values, all else by the mean ----------------------------------------------------------
+# ---- Matrices by their singular values, all else by the mean ---------------------------------------------------------
 
 _svd = partial(torch.linalg.svd, full_matrices=False)  # (..., D_out, r), (..., r), (..., r, D_in)
 
@@ -167,8 +167,8 @@ def iso_c(task_vectors: Vectors) -> State:
 def iso_cts(task_vectors: Vectors, common: float = 0.8) -> State:
     """Iso-CTS (arXiv 2502.04959): of the sum of the matrices this share of directions, the rest the tasks' own.
 
-    Each task gives the same number n of triples, the first of τ_t - U Uᵀ τ_t, U being what is common. All directions are
-    orthogonalised, all singular values become their mean. α as in `iso_c`.
+    Each task gives the same number n of triples, the first of τ_t - U Uᵀ τ_t, U being what is common. Directions are
+    made orthogonal, all singular values become their mean. α as in `iso_c`.
     """
 
     def rule(taus: Tensor) -> Tensor:
@@ -368,8 +368,8 @@ class _RankMerge(_Merge):
 class AdaRank(AdaMerging):
     """AdaMerging that learns, besides λ, which singular components of each task's matrices to keep (arXiv 2503.22178).
 
-    A binary mask m = (σ(x / 10) > 1/2) with trainable x, 0.1 at first, and the gradient of the sigmoid. (The paper's
-    variant of task arithmetic, TA + AdaRank; CART + AdaRank starts from the models' mean, with less than the full rank.)
+    A binary mask m = (σ(x / 10) > 1/2) with trainable x, 0.1 at first, and the gradient of the sigmoid. (This
+    is the paper's TA + AdaRank; CART + AdaRank starts from the models' mean, with less than the full rank.)
     """
 
     merge = _RankMerge
