@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils.parametrize import is_parametrized, register_parametrization
+from torch.nn.utils.parametrize import cached, is_parametrized, register_parametrization
 from torch.overrides import BaseTorchFunctionMode
 
 import wemoe
@@ -373,6 +373,10 @@ class AdaRank(AdaMerging):
     """
 
     merge = _RankMerge
+
+    def forward(self, *args, **kwargs):
+        with cached():  # attention reads its weights several times, and to merge them is expensive here
+            return super().forward(*args, **kwargs)
 
 
 # ---- WEMoE's relatives: other forms of τ, shared routers, a router that was told the tasks ---------------------------

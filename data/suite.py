@@ -201,8 +201,8 @@ def evaluate_task_free(suite: Suite, model: nn.Module | dict[str, nn.Module]) ->
     """Accuracy in percent where nobody tells the task of an image: rule -> task -> images given head and class rightly.
 
     The rule chooses the head, among those of the experts' tasks: "entropy", the one whose prediction is most certain;
-    where the model routes, too, "routing", that of the largest routing weight, and "logit" (MASS's), that of the largest
-    logit among those of positive weight. With a model for each task, its own features are what a head sees.
+    where the model routes, too, "routing", that of the largest routing weight, and "logit" (MASS's), that of the
+    largest logit among those of positive weight. With a model for each task, its own features are what a head sees.
     """
     tasks, accuracy = list(suite.experts), {}
     for own, task in enumerate(tasks):
