@@ -204,14 +204,40 @@ def fisher_merging(suite: Suite) -> Result:
     return with_weights(suite, baselines.fisher_merging(suite.experts, samples(suite), heads))
 
 
-def regmean(suite: Suite) -> Result:
-    return with_weights(suite, baselines.regmean(suite.experts, samples(suite)))
+def regmean(suite: Suite, merge: Callable = baselines.regmean) -> Result:
+    return with_weights(suite, merge(suite.experts, samples(suite)))
 
 
-def emr_merging(suite: Suite) -> Result:
-    unified, masks, rescalers = baselines.emr(list(task_vectors(suite)))
+def one_vector(suite: Suite, rule: Callable, scaling: float = 1.0) -> Result:
+    """θ_0 plus α times what the rule makes of all task vectors."""
+    return merge(suite, [rule(list(task_vectors(suite)))], scaling)
+
+
+def wudi(suite: Suite) -> Result:
+    """With Adam's steps as long as they were in fine-tuning, and so as in the paper, which takes 1e-5 for both."""
+    return one_vector(suite, partial(baselines.wudi, lr=suite.training.lr))
+
+
+def ada_rank(suite: Suite, adapt: Callable) -> Result:
+    settings, vectors = suite.adaptation, list(task_vectors(suite))
+    model = baselines.AdaRank(suite.pretrained, vectors, init_lambda=settings.init_lambda).to(suite.device)
+    curve = adapt(model, steps=settings.mask_steps, lr=settings.lambda_lr)
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        return with_weights(suite, model.merged()), {"adaptation": curve, "learned": learned}
+
+
+def mass(suite: Suite) -> Result:
+    """Routed at the MLP of the block before the last but one, as in the authors' program: the 10th of 12, from 0."""
+    layer = f"transformer.resblocks.{len(suite.pretrained.transformer.resblocks) - 2}.mlp.c_fc"
+    return baselines.Mass(suite.pretrained, suite.experts, layer).to(suite.device)
+
+
+def masked(suite: Suite, unify: Callable) -> Result:
+    """For each task the entries of one vector that its mask leaves, times a number where the method has one."""
+    unified, masks, *rescalers = unify(list(task_vectors(suite)))
     models, bits = {}, sum(mask.numel() for mask in masks[0].values())
-    for task, mask, rescaler in zip(suite.experts, masks, rescalers):
+    for task, mask, rescaler in zip(suite.experts, masks, *rescalers or [[1.0] * len(masks)]):
         models[task] = merge(suite, [{entry: mask[entry] * tau for entry, tau in unified.items()}], rescaler)
     # What has to be kept: the pre-trained model, one vector, and for every task one bit a parameter and one number.
     size = 2 * model_bytes(suite.pretrained) + len(models) * (bits // 8 + 4)
@@ -245,6 +271,7 @@ class Method:
 
 
 GIVEN = "given training images, or the task of every image"
+SINCE, ROUTED = "static, newer than WEMoE", "routed without training"
 LEARNED, REFERENCE = "learned without labels", "for reference"
 
 
@@ -258,21 +285,31 @@ METHODS = {
     "Weight Averaging": Method(STATIC, weight_averaging, 3),
     "Task Arithmetic": Method(STATIC, task_arithmetic, 25, needs_validation=True),
     "TIES-Merging": Method(STATIC, ties, 25, needs_validation=True),
+    "Consensus Merging": Method(SINCE, partial(one_vector, rule=baselines.consensus, scaling=0.3), 6),
+    "TSV-M": Method(SINCE, partial(one_vector, rule=baselines.tsv_merge), 10),
+    "Iso-C": Method(SINCE, partial(one_vector, rule=baselines.iso_c), 5),
+    "Iso-CTS": Method(SINCE, partial(one_vector, rule=baselines.iso_cts), 10),
+    "WUDI": Method(SINCE, wudi, 25),
     "Fisher Merging": Method(GIVEN, fisher_merging, 20, needs_training_images=True),
     "RegMean": Method(GIVEN, regmean, 5, needs_training_images=True),
     "Twin-Merging": Method(GIVEN, twin_merging, 30, needs_training_images=True),
-    "EMR-Merging": Method(GIVEN, emr_merging, 5),
+    "RegMean++": Method(GIVEN, partial(regmean, merge=baselines.regmean_plus_plus), 20, needs_training_images=True),
+    "EMR-Merging": Method(GIVEN, partial(masked, unify=baselines.emr), 5),
+    "TALL Masks": Method(GIVEN, partial(masked, unify=baselines.tall_masks), 8),
     "AdaMerging (task-wise)": Method(LEARNED, partial(ada_merging, layer_wise=False), 45),
     "AdaMerging (layer-wise)": Method(LEARNED, ada_merging, 45),
     "AdaMerging++ (task-wise)": Method(LEARNED, partial(ada_merging, layer_wise=False, elect=True), 45),
     "AdaMerging++ (layer-wise)": Method(LEARNED, partial(ada_merging, elect=True), 45),
     "Concrete Task Arithmetic": Method(LEARNED, concrete, 40),
     "Concrete AdaMerging": Method(LEARNED, partial(concrete, then_lambda=True), 85),
+    "AdaRank": Method(LEARNED, ada_rank, 200),
     "WEMoE (0-layer)": Method(LEARNED, partial(mixture, depth=0), 50),
     "WEMoE (1-layer)": Method(LEARNED, partial(mixture, depth=1), 110),
     "WEMoE": Method(LEARNED, mixture, 110),
     "WEMoE (rank 16)": low_rank(16),
     "E-WEMoE": Method(LEARNED, E_WEMOE, 140),
+    "SMILE": Method(ROUTED, lambda suite: baselines.Smile(suite.pretrained, suite.experts).to(suite.device), 20),
+    "MASS": Method(ROUTED, mass, 50),
     "Pre-trained": Method(REFERENCE, lambda suite: suite.pretrained, 3),
     "Simple Ensemble": Method(REFERENCE, lambda suite: baselines.Ensemble(suite.experts.values()), 25),
     "Traditional MTL": Method(REFERENCE, multi_task_learning, 50, needs_training_images=True),

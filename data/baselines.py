@@ -6,6 +6,7 @@ name (a text's input_ids and attention_mask).
 """
 
 import copy
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -14,8 +15,9 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils.parametrize import is_parametrized, register_parametrization
+from torch.nn.utils.parametrize import cached, is_parametrized, register_parametrization
 from torch.overrides import BaseTorchFunctionMode
 
 import wemoe
@@ -43,7 +45,7 @@ def trim_and_elect(task_vectors: Vectors, keep: float = 0.2) -> list[State]:
     AdaMerging++ learns λ for these. Raises ValueError if the vectors differ in structure, and unless 0 < keep <= 1.
     """
     trimmed = [trim(tau, keep) for tau in _members(task_vectors)]
-    signs = {name: taus.sum(0).sign() for name, taus in _stacked(trimmed).items()}
+    signs = {name: taus.sum(0).sign() for name, taus in _stacked(trimmed)}
     return [{name: torch.where(e.double() * signs[name] > 0, e, 0) for name, e in tau.items()} for tau in trimmed]
 
 
@@ -59,7 +61,7 @@ def ties(task_vectors: Vectors, keep: float = 0.2, merge: str = "sum") -> State:
         raise ValueError(f"TIES merges by 'sum' or 'mean', not by {merge!r}.")
     elected = trim_and_elect(task_vectors, keep)
     merged = {}
-    for name, taus in _stacked(elected).items():
+    for name, taus in _stacked(elected):
         count = (taus != 0).sum(0).clamp_min(1) if merge == "mean" else 1
         merged[name] = (taus.sum(0) / count).to(elected[0][name].dtype)
     return merged
@@ -75,7 +77,7 @@ def emr(task_vectors: Vectors) -> tuple[State, list[State], list[float]]:
     """
     vectors = _members(task_vectors)
     unified, masks, rescalers = {}, [{} for _ in vectors], []
-    for name, taus in _stacked(vectors).items():
+    for name, taus in _stacked(vectors):
         sign = taus.sum(0).sign()
         agree = taus * sign > 0  # that is, τ_t τ > 0
         unified[name] = (sign * (taus.abs() * agree).amax(0)).to(vectors[0][name].dtype)
@@ -85,6 +87,29 @@ def emr(task_vectors: Vectors) -> tuple[State, list[State], list[float]]:
         kept = sum((mask[name] * entry).abs().sum(dtype=torch.float64) for name, entry in unified.items())
         rescalers.append(float(sum(v.abs().sum(dtype=torch.float64) for v in tau.values()) / kept) if kept else 0.0)
     return unified, masks, rescalers
+
+
+@torch.no_grad()
+def tall_masks(task_vectors: Vectors, threshold: float = 0.4) -> tuple[State, list[State]]:
+    """The sum τ of the task vectors, and what each task needs of it, M_t = (|τ_t| > threshold |τ - τ_t|).
+
+    The model of task t is θ_0 + M_t τ (TALL masks, Wang et al., arXiv 2405.07813; there the threshold,
+    of 0.2 to 0.6, is chosen for each task on labelled images).
+    """
+    vectors = _members(task_vectors)
+    unified, masks = {}, [{} for _ in vectors]
+    for name, taus in _stacked(vectors):
+        total = taus.sum(0)
+        unified[name] = total.to(vectors[0][name].dtype)
+        for mask, of_task in zip(masks, taus.abs() > threshold * (total - taus).abs()):
+            mask[name] = of_task
+    return unified, masks
+
+
+def consensus(task_vectors: Vectors, threshold: float = 0.4, least: int = 2) -> State:
+    """The sum of the task vectors where `least` tasks or more need it, by `tall_masks`, zero elsewhere (2405.07813)."""
+    unified, masks = tall_masks(task_vectors, threshold)
+    return {n: torch.where(sum(m[n].int() for m in masks) >= least, tau, 0) for n, tau in unified.items()}
 
 
 def _share(keep: float, count: int) -> int:
@@ -101,10 +126,102 @@ def _members(vectors: Vectors) -> list[State]:
     return members
 
 
-def _stacked(vectors: list[State]) -> State:
+def _stacked(vectors: list[State]) -> Iterator[tuple[str, Tensor]]:
     """Each entry of all vectors, (T, *shape), in float64. Raises ValueError, naming the entry, if one differs."""
     wemoe.task_arithmetic(vectors[0], vectors[1:])
-    return {name: torch.stack([tau[name] for tau in vectors]).double() for name in vectors[0]}
+    return ((name, torch.stack([tau[name] for tau in vectors]).double()) for name in vectors[0])
+
+
+# ---- Matrices by their singular values, all else by the mean ---------------------------------------------------------
+
+_svd = partial(torch.linalg.svd, full_matrices=False)  # (..., D_out, r), (..., r), (..., r, D_in)
+
+
+def tsv_merge(task_vectors: Vectors) -> State:
+    """TSV-M (Gargiulo et al., arXiv 2412.00081): of each task's matrix the first r/T singular triples, orthogonalised.
+
+    θ_0 + α τ with α = 1. Tasks whose matrices have a rank of at most r/T and share no direction are added up.
+    """
+
+    def rule(taus: Tensor) -> Tensor:
+        u, s, v = _svd(taus)
+        k = max(1, s.shape[1] // len(taus))
+        return _orthogonal_sum(u[..., :k], s[:, :k], v[:, :k])
+
+    return _by_matrix(task_vectors, rule)
+
+
+def iso_c(task_vectors: Vectors) -> State:
+    """Iso-C (Marczak et al., arXiv 2502.04959): the sum of the tasks' matrices, each singular value being their mean.
+
+    θ_0 + α τ, in the paper with an α above 1 that is best on labelled images.
+    """
+
+    def rule(taus: Tensor) -> Tensor:
+        u, s, v = _svd(taus.sum(0))
+        return s.mean() * u @ v
+
+    return _by_matrix(task_vectors, rule)
+
+
+def iso_cts(task_vectors: Vectors, common: float = 0.8) -> State:
+    """Iso-CTS (arXiv 2502.04959): of the sum of the matrices this share of directions, the rest the tasks' own.
+
+    Each task gives the same number n of triples, the first of τ_t - U Uᵀ τ_t, U being what is common. Directions are
+    made orthogonal, all singular values become their mean. α as in `iso_c`.
+    """
+
+    def rule(taus: Tensor) -> Tensor:
+        u, s, v = _svd(taus.sum(0))
+        n = round((len(s) - int(common * len(s))) / len(taus))
+        c = len(s) - n * len(taus)
+        own_u, own_s, own_v = _svd(taus - u[:, :c] @ (u[:, :c].T @ taus))
+        u = torch.cat([u[:, :c], *own_u[..., :n]], dim=1)
+        s = torch.cat([s[:c], *own_s[:, :n]])
+        v = torch.cat([v[:c], *own_v[:, :n]])
+        return s.mean() * _polar(u) @ _polar(v)
+
+    return _by_matrix(task_vectors, rule)
+
+
+def wudi(task_vectors: Vectors, steps: int = 300, lr: float = 1e-5) -> State:
+    """WUDI (Cheng et al., arXiv 2503.08099): min Σ_t |(τ - τ_t) τ_tᵀ|² / |τ_t|² for each matrix, by Adam from Σ_t τ_t.
+
+    That is RegMean with the Gram matrix τ_tᵀ τ_t / |τ_t|² in place of that of the inputs, which rows of τ_t resemble.
+    Adam's steps are as long as `lr`, whatever the objective: the authors' 1e-5 is for CLIP's task vectors.
+    """
+
+    def rule(taus: Tensor) -> Tensor:
+        grams = taus.mT @ taus / taus.square().sum((1, 2), keepdim=True).clamp_min(torch.finfo(taus.dtype).tiny)
+        total, target = grams.sum(0), (taus @ grams).sum(0)
+        tau = nn.Parameter(taus.sum(0))
+        optimizer = torch.optim.Adam([tau], lr)
+        for _ in range(steps):
+            tau.grad = 2 * (tau @ total - target)
+            optimizer.step()
+        return tau.detach()
+
+    return _by_matrix(task_vectors, rule)
+
+
+@torch.no_grad()
+def _by_matrix(task_vectors: Vectors, rule: Callable[[Tensor], Tensor]) -> State:
+    """One vector for all tasks: matrices by `rule`, (T, D_out, D_in) -> (D_out, D_in), all else by the mean."""
+    vectors, merged = _members(task_vectors), {}
+    for name, taus in _stacked(vectors):
+        merged[name] = (rule(taus) if taus.dim() == 3 else taus.mean(0)).to(vectors[0][name].dtype)
+    return merged
+
+
+def _orthogonal_sum(u: Tensor, s: Tensor, v: Tensor) -> Tensor:
+    """Σ_t U_t S_t V_t with all U's columns made orthonormal, and all V's rows; (T, D_out, k), (T, k), (T, k, D_in)."""
+    return _polar(u.movedim(1, 0).flatten(1)) * s.flatten() @ _polar(v.flatten(0, 1))
+
+
+def _polar(x: Tensor) -> Tensor:
+    """The matrix with orthonormal columns (or rows, of which there are fewer) that is nearest to x (Procrustes)."""
+    u, _, v = _svd(x)
+    return u @ v
 
 
 # ---- Adapted without labels: λ, or a mask ----------------------------------------------------------------------------
@@ -223,6 +340,43 @@ class ConcreteMask(AdaMerging):
     def forward(self, *args, **kwargs):
         self.draw()
         return super().forward(*args, **kwargs)
+
+
+class _RankMerge(_Merge):
+    """θ_0 -> θ_0 + Σ_t λ_t U_t diag(m_t s_t) V_t for one matrix, for all else as _Merge; λ is not clamped."""
+
+    def __init__(self, tau: Tensor, *args):
+        super().__init__(tau, *args)
+        self.x = None
+        if tau.dim() == 3:
+            u, s, v = _svd(tau)
+            self.tau, self.x = None, nn.Parameter(torch.full_like(s, 0.1))  # (T, r): all kept at first
+            self.us = nn.Parameter((u * s[:, None]).movedim(1, 0).contiguous(), requires_grad=False)  # (D_out, T, r)
+            self.v = nn.Parameter(v, requires_grad=False)  # (T, r, D_in)
+
+    def mask(self) -> Tensor:
+        soft = torch.sigmoid(self.x / 10)
+        return soft + ((soft > 0.5).to(soft) - soft).detach()  # the gradient is that of the sigmoid
+
+    def update(self) -> Tensor:
+        lam = self.lam[self.row]
+        if self.x is None:
+            return torch.tensordot(lam.to(self.tau), self.tau, dims=1)
+        return (self.us * (lam[:, None] * self.mask()).to(self.us)).flatten(1) @ self.v.flatten(0, 1)
+
+
+class AdaRank(AdaMerging):
+    """AdaMerging that learns, besides λ, which singular components of each task's matrices to keep (arXiv 2503.22178).
+
+    A binary mask m = (σ(x / 10) > 1/2) with trainable x, 0.1 at first, and the gradient of the sigmoid. (This
+    is the paper's TA + AdaRank; CART + AdaRank starts from the models' mean, with less than the full rank.)
+    """
+
+    merge = _RankMerge
+
+    def forward(self, *args, **kwargs):
+        with cached():  # attention reads its weights several times, and to merge them is expensive here
+            return super().forward(*args, **kwargs)
 
 
 # ---- WEMoE's relatives: other forms of τ, shared routers, a router that was told the tasks ---------------------------
@@ -418,6 +572,120 @@ def twin_merging(
     return twin
 
 
+class Smile(nn.Module):
+    """SMILE (Tang et al., arXiv 2408.10174): in every linear layer, every token has the expert that it is nearest to.
+
+        y = W_0 x + b_0 + U_t S_t V_t x + b_t - b_0,  t = argmax_t |V_t x| over the first `gate_rank` rows of V_t
+
+    with W_t - W_0 ≈ U_t S_t V_t of rank `rank`. Nothing is trained, and what is not linear is that of the pre-trained
+    model. (Attention's packed query, key and value are one layer here.)
+    """
+
+    def __init__(self, pretrained: nn.Module, finetuned: Vectors, gate_rank: int = 16, rank: int = 32):
+        super().__init__()
+        self.model, self.gate_rank = copy.deepcopy(pretrained).requires_grad_(False), gate_rank
+        vectors = _members({t: wemoe.task_vector(pretrained, model) for t, model in enumerate(_members(finetuned))})
+        self.num_tasks, self.layers, self.experts, self.choices = len(vectors), [], nn.ModuleList(), {}
+        for path, module in self.model.named_modules():
+            names = {"weight": "bias", "in_proj_weight": "in_proj_bias"}
+            for weight, bias in names.items() if isinstance(module, nn.Linear | nn.MultiheadAttention) else ():
+                if getattr(module, weight, None) is not None:
+                    name, bias = (f"{path}.{at}".lstrip(".") for at in (weight, bias))
+                    u, v = _factors(torch.stack([tau[name] for tau in vectors]), rank)
+                    expert = [u, v] + ([torch.stack([tau[bias] for tau in vectors])] if bias in vectors[0] else [])
+                    self.experts.append(nn.ParameterList(nn.Parameter(p, requires_grad=False) for p in expert))
+                    self.layers.append((name, type(module) is nn.Linear))  # attention's has tokens in another order
+
+    def forward(self, *args, **kwargs):
+        weights = {self.model.get_parameter(name): i for i, (name, _) in enumerate(self.layers)}
+
+        def routed(linear: Callable, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            y = linear(x, weight, bias)
+            if weight not in weights:
+                return y
+            u, v, *own_bias = self.experts[weights[weight]]  # (T, D_out, r), (T, r, D_in), (T, D_out)
+            h = linear(x, v.flatten(0, 1)).unflatten(-1, v.shape[:2])  # (..., T, r)
+            energy = h[..., : self.gate_rank].square().sum(-1)
+            choice = F.one_hot(energy.argmax(-1), self.num_tasks).to(h)  # (..., T)
+            self.choices[weights[weight]] = choice
+            y = y + linear((h * choice[..., None]).flatten(-2), u.movedim(1, 0).flatten(1))
+            return y + choice @ own_bias[0] if own_bias else y
+
+        with _linear_by(routed):
+            return self.model(*args, **kwargs)
+
+    @torch.no_grad()
+    def task_weights(self, batch: Batch) -> Tensor:
+        """(B, T): how many of a sample's tokens have each expert, in the mean over layers."""
+        _run(self, batch)
+        choices = [self.choices.pop(i) for i, (_, in_order) in enumerate(self.layers) if in_order]
+        self.choices = {}
+        return sum(choice.flatten(1, -2).mean(1) for choice in choices) / len(choices)
+
+
+class Mass(nn.Module):
+    """MASS (Crisostomi et al., arXiv 2504.05342): TSV-M of those experts alone that an input seems to need, untrained.
+
+    In a first pass, through TSV-M of all, x is the first token at the input of the linear layer `layer`, whose matrices
+    have the first r/T singular triples U_t, S_t, V_t. Weights are the softmax of -|x - V_tᵀ V_t x|, standardised over
+    tasks, and 0 unless above `threshold` and among the `most` highest. The second pass is that of the tasks left.
+    """
+
+    def __init__(self, pretrained: nn.Module, finetuned: Vectors, layer: str, threshold: float = 0.2, most: int = 3):
+        super().__init__()
+        self.model, self.layer = copy.deepcopy(pretrained).requires_grad_(False), layer
+        self.threshold, self.most, self.kept = threshold, most, {}
+        vectors = [wemoe.task_vector(pretrained, model) for model in _members(finetuned)]
+        self.num_tasks, self.names, self.parts = len(vectors), list(vectors[0]), nn.ParameterList()
+        for name in self.names:
+            taus = torch.stack([tau[name] for tau in vectors])
+            triples = _svd(taus) if taus.dim() == 3 else ()
+            k = max(1, triples[1].shape[1] // len(taus)) if triples else 0
+            parts = (triples[0][..., :k], triples[1][:, :k], triples[2][:, :k]) if triples else (taus,)
+            self.parts.append(nn.ParameterList(nn.Parameter(p.contiguous(), requires_grad=False) for p in parts))
+
+    def merged(self, tasks: tuple[int, ...]) -> State:
+        """θ_0 + τ of these tasks; the last six merges are kept."""
+        if tasks not in self.kept:
+            theta_0 = self.model.state_dict()
+            parts = [[p[list(tasks)] for p in parts] for parts in self.parts]
+            taus = (_orthogonal_sum(*p) if len(p) == 3 else p[0].mean(0) for p in parts)
+            self.kept = dict([*self.kept.items()][-5:])
+            self.kept[tasks] = {name: theta_0[name] + tau for name, tau in zip(self.names, taus)}
+        return self.kept[tasks]
+
+    @torch.no_grad()
+    def task_weights(self, batch: Batch) -> Tensor:
+        """(B, T), the weights of the tasks that are left, 0 for all others."""
+        seen = []
+        gate = self.model.get_submodule(self.layer).register_forward_pre_hook(lambda _, x: seen.append(x[0][:, 0]))
+        self.run(tuple(range(self.num_tasks)), batch)
+        gate.remove()
+        v = self.parts[self.names.index(f"{self.layer}.weight")][2]  # (T, k, D)
+        (x,) = seen  # (B, D)
+        energy = x.square().sum(-1, keepdim=True) - torch.einsum("bd,tkd->btk", x, v).square().sum(-1)
+        logits = -energy.clamp_min(0).sqrt()  # (B, T)
+        spread = logits.std(1, keepdim=True, correction=min(1, self.num_tasks - 1)) + 1e-6
+        weights = ((logits - logits.mean(1, keepdim=True)) / spread).softmax(-1)
+        top = weights.topk(min(self.most, self.num_tasks)).values
+        return weights * (weights >= top[:, -1:]) * ((weights > self.threshold) | (weights == top[:, :1]))
+
+    @torch.no_grad()
+    def forward(self, batch: Tensor) -> Tensor:
+        groups, group = (self.task_weights(batch) > 0).unique(dim=0, return_inverse=True)
+        outputs = None
+        for i, row in enumerate(groups):
+            samples = group == i
+            y = self.run(tuple(row.nonzero().flatten().tolist()), batch[samples])
+            outputs = batch.new_zeros(len(batch), *y.shape[1:], dtype=y.dtype) if outputs is None else outputs
+            outputs[samples] = y
+        return outputs
+
+    def run(self, tasks: tuple[int, ...], batch: Batch):
+        args, kwargs = ((batch,), {}) if isinstance(batch, Tensor) else ((), dict(batch))
+        return functional_call(self.model, self.merged(tasks), args, kwargs)
+
+
 class Ensemble(nn.Module):
     """The mean of the models' normalised features, that is, the mean of their logits."""
 
@@ -449,6 +717,27 @@ def regmean(finetuned: Mapping[str, nn.Module], inputs: Mapping[str, Batch], alp
     return average_by(grams, [model.state_dict() for model in finetuned.values()], rule)
 
 
+def regmean_plus_plus(
+    finetuned: Mapping[str, nn.Module], inputs: Mapping[str, Batch], alpha: float = 0.95, blocks: str = BLOCKS
+) -> State:
+    """RegMean++ (Nguyen et al., arXiv 2508.03121): block by block, on the inputs that the merged blocks before give it.
+
+    `blocks` is a regular expression for the names of the blocks; what is in none is averaged.
+    """
+    _check_tasks(finetuned, inputs)
+    states = {task: model.state_dict() for task, model in finetuned.items()}
+    merged = average_by([{}], list(states.values()), least_squares)
+    hybrid = copy.deepcopy(next(iter(finetuned.values())))
+    for block in [f"{name}." for name, _ in hybrid.named_modules() if re.search(blocks, name)]:
+        own, grams = [], []
+        for task, state in states.items():
+            own.append({name: p for name, p in state.items() if name.startswith(block)})
+            hybrid.load_state_dict(merged | own[-1])
+            grams.append(gram_matrices(hybrid, inputs[task]))
+        merged |= average_by(grams, own, partial(least_squares, alpha=alpha))
+    return merged
+
+
 def fisher_information(model: nn.Module, batch: Batch, logits: Callable[..., Tensor]) -> State:
     """Diagonal Fisher information by parameter name, without labels (Matena and Raffel, arXiv 2111.09832):
 
@@ -476,20 +765,27 @@ def fisher_information(model: nn.Module, batch: Batch, logits: Callable[..., Ten
 def gram_matrices(model: nn.Module, batch: Batch) -> State:
     """XᵀX / N (D_in, D_in) by the name of each matrix in a linear layer, X (N, D_in) being its inputs, all tokens."""
     model = copy.deepcopy(model).to(_device(batch))
-    names, linear, sums = {p: name for name, p in model.named_parameters()}, F.linear, {}
+    names, sums = {p: name for name, p in model.named_parameters()}, {}
 
-    def recording(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def recording(linear: Callable, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if weight in names:
             x_rows = x.reshape(-1, x.shape[-1])
             total, count = sums.get(names[weight], (0, 0))
             sums[names[weight]] = total + x_rows.T @ x_rows, count + len(x_rows)
         return linear(x, weight, bias)
 
-    # Under any mode, attention leaves its fused implementation, which does not call F.linear.
-    with patch.object(F, "linear", recording), BaseTorchFunctionMode():
+    with _linear_by(recording):
         for part in _split(batch, 64):
             _run(model, part)
     return {name: (total / count).cpu() for name, (total, count) in sums.items()}
+
+
+@contextmanager
+def _linear_by(function: Callable[..., Tensor]) -> Iterator[None]:
+    """Meanwhile, function(F.linear, x, weight, bias) is what F.linear does, for attention, too."""
+    # Under any mode, attention leaves its fused implementation, which does not call F.linear.
+    with patch.object(F, "linear", partial(function, F.linear)), BaseTorchFunctionMode():
+        yield
 
 
 def weigh_entries(thetas: Tensor, fishers: Tensor) -> Tensor:

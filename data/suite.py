@@ -230,6 +230,47 @@ def evaluate(suite: Suite, model: nn.Module | dict[str, nn.Module], test: dict |
     return accuracy
 
 
+@torch.no_grad()
+def evaluate_task_free(suite: Suite, model: nn.Module | dict[str, nn.Module]) -> dict[str, dict[str, float]]:
+    """Accuracy in percent where nobody tells the task of an image: rule -> task -> images given head and class rightly.
+
+    The rule chooses the head, among those of the experts' tasks: "entropy", the one whose prediction is most certain;
+    where the model routes, too, "routing", that of the largest routing weight, and "logit" (MASS's), that of the
+    largest logit among those of positive weight. With a model for each task, its own features are what a head sees.
+    """
+    tasks, accuracy = list(suite.experts), {}
+    for own, task in enumerate(tasks):
+        images, labels = suite.test[task]
+        right = {}
+        for batch in torch.arange(rank(), len(labels), world()).split(64):
+            x = suite.images(images[batch])
+            with precision(suite.device, suite.precision):
+                if isinstance(model, dict):
+                    logits, lam = [suite.logits(t)(model[t].to(suite.device)(x)) for t in tasks], None
+                else:
+                    features, lam = routed(model.to(suite.device), x)
+                    logits = [suite.logits(t)(features) for t in tasks]
+            heads = {"entropy": torch.stack([wemoe.entropy(of_head) for of_head in logits], 1).argmin(1)}  # (B,)
+            if lam is not None:
+                highest = torch.stack([of_head.amax(1) for of_head in logits], 1)
+                heads |= {"routing": lam.argmax(1), "logit": highest.masked_fill(lam <= 0, -math.inf).argmax(1)}
+            correct = logits[own].argmax(1) == labels[batch].to(suite.device)
+            for rule, head in heads.items():
+                right[rule] = right.get(rule, 0) + ((head == own) & correct).sum()
+        for rule, count in right.items():
+            accuracy.setdefault(rule, {})[task] = 100 * total(count).item() / len(labels)
+    return accuracy
+
+
+def routed(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The model's features and, if it routes, its weights of tasks (B, T): its own, or λ in the mean over modules."""
+    with wemoe.routing_weights(model) as weights:
+        features = model(x)
+    if hasattr(model, "task_weights"):
+        return features, model.task_weights(x)
+    return features, torch.stack([*weights.values()]).mean(0) if weights else None
+
+
 # ---- Adapt -----------------------------------------------------------------------------------------------------------
 
 

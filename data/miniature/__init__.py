@@ -2,7 +2,9 @@
 
 from data.miniature.corruptions import CORRUPTIONS, corrupt  # noqa: F401
 from data.miniature.tasks import (  # noqa: F401
+    ALL_TASKS,
     CHECKPOINT,
+    MORE_TASKS,
     SPLITS,
     TASKS,
     build_model,

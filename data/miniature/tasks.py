@@ -1,5 +1,7 @@
 """The eight tasks: their classes, wordings, pictures and heads, and the small CLIP that is pre-trained on their kind.
 
+Eight more, for experiments with many tasks, are made of the first eight: their classes seen otherwise.
+
 `render` gives the pictures, 32 x 32 RGB, from a seed: any number of them, no two alike. `load_pretrained` reads
 checkpoint.safetensors, which pretraining.py has made.
 """
@@ -8,12 +10,14 @@ import math
 import random
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import open_clip
 import torch
+from PIL import Image, ImageFilter, ImageOps
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -145,19 +149,70 @@ TASKS = {
 SPLITS = ("train", "test", "web")  # "web" pictures are those of the pre-training
 
 
+def seen_otherwise(
+    look: Callable, sources: dict[str, tuple[str, str]], name: str, rng: random.Random
+) -> drawing.Canvas:
+    """The drawing of a class of another task, its image changed by `look`."""
+    task, original = sources[name]
+    canvas = TASKS[task].draw(original, rng)
+    canvas.image = look(canvas.image)
+    return canvas
+
+
+def another_task(look: Callable, wording: int, part: slice, *tasks: str) -> Task:
+    """A part of the classes of each of these tasks, seen otherwise and called by another of their wordings.
+
+    So the text tower knows their names, and the vision tower something like their pictures, but not these.
+    """
+    sources = {
+        TASKS[task].wordings[name][wording]: (task, name) for task in tasks for name in TASKS[task].classes[part]
+    }
+    return Task(partial(seen_otherwise, look, sources), 0.1, ["a photo of a {}"], {name: [] for name in sources})
+
+
+def coloured(dark: str, middle: str, light: str) -> Callable[[Image.Image], Image.Image]:
+    return lambda image: ImageOps.colorize(ImageOps.grayscale(image), dark, light, middle)
+
+
+def blended(look: Callable, share: float) -> Callable[[Image.Image], Image.Image]:
+    return lambda image: Image.blend(image, look(image), share)
+
+
+def channels_rotated(image: Image.Image) -> Image.Image:
+    red, green, blue = image.split()
+    return Image.merge("RGB", (green, blue, red))
+
+
+FIRST, LAST = slice(0, 5), slice(5, 10)
+# For experiments with more tasks than the paper's. They are not in TASKS, on which vocabulary and pre-training depend.
+MORE_TASKS = {
+    "Negatives": another_task(blended(ImageOps.invert, 0.3), 0, FIRST, "Scenes", "Cars"),
+    "Infrared": another_task(blended(coloured("navy", "red", "yellow"), 0.3), 0, FIRST, "Aerial", "LandUse"),
+    "Sketches": another_task(blended(lambda image: image.filter(ImageFilter.CONTOUR), 0.5), 0, LAST, "Signs", "Scenes"),
+    "Reliefs": another_task(
+        blended(lambda image: image.filter(ImageFilter.EMBOSS), 0.6), 0, FIRST, "Digits", "Textures"
+    ),
+    "NightViews": another_task(coloured("black", "midnightblue", "lightblue"), 1, LAST, "Aerial", "Cars"),
+    "Posters": another_task(lambda image: ImageOps.posterize(image, 1), 1, FIRST, "Cars", "HouseNumbers"),
+    "Solarised": another_task(blended(lambda image: ImageOps.solarize(image, 120), 0.5), 1, LAST, "Textures", "Digits"),
+    "FalseColours": another_task(blended(channels_rotated, 0.6), 1, LAST, "LandUse", "Scenes"),
+}
+ALL_TASKS = TASKS | MORE_TASKS
+
+
 def render(task: str, split: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Draw `count` labelled images: uint8 (N, 3, 32, 32) and int64 (N,), the classes taking turns.
 
     Image i depends on task, split, seed and i alone, not on `count`. Raises ValueError for an unknown task or split.
     """
-    if task not in TASKS or split not in SPLITS:
-        known = f"tasks are {', '.join(TASKS)}; splits {', '.join(SPLITS)}"
+    if task not in ALL_TASKS or split not in SPLITS:
+        known = f"tasks are {', '.join(ALL_TASKS)}; splits {', '.join(SPLITS)}"
         raise ValueError(f"no images for task {task!r}, split {split!r}: {known}")
-    classes = TASKS[task].classes
+    draw, turn, classes = ALL_TASKS[task].draw, ALL_TASKS[task].turn, ALL_TASKS[task].classes
     images = np.empty((count, 32, 32, 3), np.uint8)
     for i in range(count):
         rng = random.Random(f"{task} {split} {seed} {i}")
-        images[i] = drawing.photograph(TASKS[task].draw(classes[i % len(classes)], rng), TASKS[task].turn, rng)
+        images[i] = drawing.photograph(draw(classes[i % len(classes)], rng), turn, rng)
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.arange(count) % len(classes)
 
 
@@ -222,6 +277,6 @@ def normalise(images: Tensor) -> Tensor:
 
 def zero_shot_head(model: open_clip.CLIP, task: str) -> Tensor:
     """The task's classifier, (embedding, classes), times CLIP's logit scale: logits = normalised features @ head."""
-    classes, templates, device = TASKS[task].classes, TASKS[task].templates, model.logit_scale.device
+    classes, templates, device = ALL_TASKS[task].classes, ALL_TASKS[task].templates, model.logit_scale.device
     head = open_clip.build_zero_shot_classifier(model, tokenize, classes, templates, device=device)
     return head * model.logit_scale.exp().detach()
