@@ -23,6 +23,7 @@ import functools
 import inspect
 import itertools
 import math
+import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -134,7 +135,9 @@ class WEMoE(nn.Module):
 
     def __init__(self, pretrained: nn.Module, finetuned: Models, router: nn.Module, *, layer: Callable | None = None):
         super().__init__()
-        _refuse(pretrained)
+        check_mergeable(pretrained)
+        if not all(part.batch_first for part in pretrained.modules() if isinstance(part, nn.MultiheadAttention)):
+            raise ValueError("Attention with batch_first=False cannot be routed: λ would mix samples, use True.")
         vectors = [task_vector(pretrained, module) for module in _members(finetuned)]
         self.num_tasks = getattr(router, "num_tasks", len(vectors))
         if not 0 < len(vectors) == self.num_tasks:
@@ -212,15 +215,15 @@ class MergedLayer(nn.Module):
         """Σ_t λ_t τ_t of the i-th tensor, for λ (T,)."""
         return torch.tensordot(lam.to(self.tau(i)), self.tau(i), dims=1)
 
-    def merged(self, lam: Tensor) -> dict[str, Tensor]:
+    def weights(self, lam: Tensor) -> dict[str, Tensor]:
         """θ_0 + Σ_t λ_t τ_t by name, for λ (T,)."""
-        theta_0 = {name: functools.reduce(getattr, name.split("."), self.layer) for name in self.places}
+        theta_0 = {name: operator.attrgetter(name)(self.layer) for name in self.places}
         with torch.autocast(lam.device.type, enabled=False):
             return {name: p + self.update(lam, self.places[name]).to(p) for name, p in theta_0.items()}
 
     def run(self, lam: Tensor, *args, **kwargs):
         # Not by functional_call, which puts θ_0 back before a checkpoint in the layer runs again.
-        return _with_weights(_copied(self.layer, lam, {}), self.merged(lam))(*args, **kwargs)
+        return _with_weights(_copied(self.layer, lam, {}), self.weights(lam))(*args, **kwargs)
 
     def forward(self, *args, **kwargs):
         if "lam" not in vars(self):  # as in the copy for one pass
@@ -251,7 +254,7 @@ class MergedLayer(nn.Module):
 
     def unloaded(self, lam: Tensor) -> nn.Module:
         """The layer itself, merged for good with λ (T,)."""
-        weights = {name: nn.Parameter(p, requires_grad=False) for name, p in self.merged(lam).items()}
+        weights = {name: nn.Parameter(p, requires_grad=False) for name, p in self.weights(lam).items()}
         return _with_weights(self.layer, weights)
 
     def __getattr__(self, name: str):
@@ -625,7 +628,7 @@ def _tiles(lam: Tensor, theta: Tensor, layer: MergedLinear) -> Iterator[tuple[sl
 
 # ---- What is asked of models, modules and arguments, and what is refused ---------------------------------------------
 
-# Two models that do not fit: _weights. A module that cannot be routed: _refuse. A choice of modules: _selected.
+# Two models that do not fit: _weights. A module that cannot be merged: check_mergeable. A choice of modules: _selected.
 # Arguments that cannot be split among samples: _of_sample. An adaptation that cannot start: _check_adapt.
 
 
@@ -701,8 +704,8 @@ def _is_index(p: object) -> bool:  # position ids, counters, masks; or no tensor
     return not isinstance(p, Tensor) or p.dtype in (torch.int16, torch.int32, torch.int64, torch.bool)
 
 
-def _refuse(module: nn.Module) -> None:
-    """Raise ValueError for a module that would not run, or not otherwise, with weights from outside."""
+def check_mergeable(module: nn.Module) -> None:
+    """Raise ValueError, naming the part, for a module whose copy would not run with other weights than its own."""
     for name, part in module.named_modules():
         attributes = [value for key, value in vars(part).items() if key not in _MADE_OF and "hook" not in key]
         kept = [getattr(leaf, "__self__", leaf) for leaf in tree_leaves(attributes)]  # of a method, its module
@@ -710,12 +713,10 @@ def _refuse(module: nn.Module) -> None:
         wrong = None
         if "forward" in vars(part) or isinstance(part, torch.jit.ScriptModule):
             wrong = "its forward was replaced (compiled, traced, offloaded): pass the model before"
-        elif isinstance(part, nn.MultiheadAttention) and not part.batch_first:
-            wrong = "is attention with batch_first=False: λ would mix samples, use True"
         elif any(isinstance(leaf, nn.Module) for leaf in kept):
             wrong = "keeps modules or methods of its own in a list or an attribute: route its parts"
         elif any(isinstance(p, nn.Parameter) or not p.is_leaf for p in tensors):  # as GRU, or the old weight_norm
-            wrong = f"({type(part).__name__}) keeps its weights elsewhere, too: route other modules"
+            wrong = f"({type(part).__name__}) keeps its weights elsewhere, too: choose other modules"
         if wrong:
             raise ValueError(f"{name!r} {wrong}.")
 

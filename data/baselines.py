@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from operator import attrgetter
 from unittest.mock import patch
 
 import torch
@@ -17,11 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils.parametrize import cached, is_parametrized, register_parametrization
 from torch.overrides import BaseTorchFunctionMode
 
 import wemoe
-from wemoe import MergedLinear, WEMoE
+from wemoe import MergedLayer, MergedLinear, WEMoE
 
 State = dict[str, Tensor]
 Vectors = Iterable[State] | Mapping[str, State]
@@ -227,86 +227,40 @@ def _polar(x: Tensor) -> Tensor:
 # ---- Adapted without labels: λ, or a mask ----------------------------------------------------------------------------
 
 
-class _Merge(nn.Module):
-    """θ_0 -> θ_0 + Σ_t λ_t τ_t for one tensor, with τ (T, *shape)."""
-
-    def __init__(self, tau: Tensor, lam: nn.Parameter, row: int, is_buffer: bool):
-        super().__init__()
-        self.tau, self.lam = nn.Parameter(tau, requires_grad=False), lam
-        self.row, self.is_buffer = row, is_buffer
-
-    def update(self) -> Tensor:
-        return torch.tensordot(self.lam[self.row].clamp(0, 1).to(self.tau), self.tau, dims=1)
-
-    def forward(self, theta_0: Tensor) -> Tensor:
-        with torch.autocast(theta_0.device.type, enabled=False):
-            merged = theta_0 + self.update()
-        return merged.detach() if self.is_buffer else merged  # no function differentiates a buffer
-
-
-class AdaMerging(nn.Module):
+class AdaMerging(MergedLayer):
     """θ_0 + Σ_t λ_t τ_t, its λ trained by `wemoe.adapt`: one for each task, or for each parameter and task.
 
     AdaMerging (Yang et al., arXiv 2310.02575); on `trim_and_elect`ed task vectors, AdaMerging++. `lam` is (1, T) or,
     layer-wise, (parameters, T); in use it is clamped to [0, 1], as in its authors' program. `merged()` is what comes of
-    it, as entries of an ordinary state dict. Each tensor of `pretrained` is a parametrization: merged as it is used, so
-    that hooks, checkpoints and wrappers inside the model find nothing unusual.
-    Raises ValueError if a task vector does not fit θ_0, if λ starts outside [0, 1], or if a forward was replaced.
+    it, as entries of an ordinary state dict.
+    Raises ValueError if a task vector does not fit θ_0, if λ starts outside [0, 1], or if a part cannot be merged.
     """
 
-    merge = _Merge
-
     def __init__(self, pretrained: nn.Module, task_vectors: Vectors, layer_wise: bool = True, init_lambda: float = 0.3):
-        super().__init__()
         if not 0 <= init_lambda <= 1:
             raise ValueError(f"λ lies between 0 and 1 in AdaMerging, got {init_lambda=}.")
+        wemoe.check_mergeable(pretrained)
         vectors = _members(task_vectors)
         for tau in vectors:
             fitting = wemoe.task_vector(pretrained, tau)  # refuses what does not fit
-        self.pretrained = copy.deepcopy(pretrained).requires_grad_(False)
-        entries = {name: p for name, p in self.pretrained.state_dict(keep_vars=True).items() if name in fitting}
-        called = {p: name for name, p in entries.items()}  # a tied tensor has one λ
-        shape = len(called) if layer_wise else 1, len(vectors)
-        self.lam = nn.Parameter(torch.full(shape, float(init_lambda), device=next(iter(called)).device))
-        merges, places = {}, {}
-        for row, (p, name) in enumerate(called.items()):
-            taus = torch.stack([tau[name].detach().to(p) for tau in vectors])  # (T, *shape)
-            merges[p] = self.merge(taus, self.lam, row if layer_wise else 0, not isinstance(p, nn.Parameter))
-        for path, module in list(self.pretrained.named_modules()):
-            if "forward" in vars(module):
-                raise ValueError(f"{path!r}: its forward was replaced (compiled, offloaded). Pass the model before.")
-            if is_parametrized(module):  # by weight_norm, say: its class is that of the original, which is to stay
-                module.__class__ = type(type(module).__name__, (type(module),), {})
-            for attribute, p in [*module._parameters.items(), *module._buffers.items()]:
-                if p is not None and p in merges:
-                    places[p] = path, attribute
-                    register_parametrization(module, attribute, merges[p])
-        # Which module's an entry is, and what it is called there: names in a state dict need not be those of modules.
-        self.names = {name: places[p] for name, p in entries.items()}
+        model = copy.deepcopy(pretrained).requires_grad_(False)
+        theta_0 = {name: p for name, p in model.state_dict(keep_vars=True).items() if name in fitting}
+        super().__init__(model, {p: torch.stack([v[n].detach().to(p) for v in vectors]) for n, p in theta_0.items()})
+        index = {attrgetter(path)(model): i for path, i in self.places.items()}  # a tied tensor has one λ
+        self.names = {name: index[p] for name, p in theta_0.items()}
+        shape = len(index) if layer_wise else 1, len(vectors)
+        self.lam = nn.Parameter(torch.full(shape, float(init_lambda), device=next(iter(index)).device))
+
+    def update(self, lam: Tensor, i: int) -> Tensor:
+        return super().update(lam[i if len(lam) > 1 else 0].clamp(0, 1), i)
 
     def merged(self) -> State:
-        return {name: getattr(self.pretrained.get_submodule(path), at) for name, (path, at) in self.names.items()}
+        theta_0 = self.layer.state_dict()
+        with torch.autocast(self.lam.device.type, enabled=False):
+            return {name: theta_0[name] + self.update(self.lam, i) for name, i in self.names.items()}
 
     def forward(self, *args, **kwargs):
-        return self.pretrained(*args, **kwargs)
-
-
-class _MaskedMerge(_Merge):
-    """θ_0 -> θ_0 + m / mean(m) ∘ Σ_t λ_t τ_t for one tensor."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.x, self.u = nn.Parameter(torch.zeros_like(self.tau[0])), None
-
-    def draw(self) -> None:
-        self.u = torch.rand_like(self.x).clamp(1e-6, 1 - 1e-6) if torch.is_grad_enabled() else None
-
-    def mask(self) -> Tensor:
-        mask = torch.sigmoid((self.x if self.u is None else self.x + self.u.logit()) / 0.5)
-        return mask / mask.mean()
-
-    def update(self) -> Tensor:
-        return self.mask() * super().update()
+        return self.run(self.lam, *args, **kwargs)
 
 
 class ConcreteMask(AdaMerging):
@@ -316,67 +270,49 @@ class ConcreteMask(AdaMerging):
     pass, is the Concrete relaxation of a binary mask (Tang et al., arXiv 2312.06173); u = 1/2 without gradients.
     """
 
-    merge = _MaskedMerge
-
     def __init__(self, pretrained: nn.Module, task_vectors: Vectors, scaling: float = 0.3):
         super().__init__(pretrained, task_vectors, layer_wise=False, init_lambda=scaling)
         self.lam.requires_grad_(False)
+        self.x = nn.ParameterList(torch.zeros_like(self.tau(i)[0]) for i in range(len(set(self.names.values()))))
 
-    def draw(self) -> None:
-        """Draw u, which stays the same until the next forward pass: also where a checkpoint runs again."""
-        for module in self.modules():
-            if isinstance(module, _MaskedMerge):
-                module.draw()
+    def update(self, lam: Tensor, i: int) -> Tensor:
+        return self.mask(i) * super().update(lam, i)
+
+    def mask(self, i: int) -> Tensor:
+        x = self.x[i]
+        if torch.is_grad_enabled():
+            x = x + torch.rand_like(x).clamp(1e-6, 1 - 1e-6).logit()
+        mask = torch.sigmoid(x / 0.5)
+        return mask / mask.mean()
 
     def masks(self) -> State:
-        self.draw()
-        places = {name: (self.pretrained.get_submodule(path), at) for name, (path, at) in self.names.items()}
-        return {name: module.parametrizations[at][0].mask() for name, (module, at) in places.items()}
-
-    def merged(self) -> State:
-        self.draw()
-        return super().merged()
-
-    def forward(self, *args, **kwargs):
-        self.draw()
-        return super().forward(*args, **kwargs)
-
-
-class _RankMerge(_Merge):
-    """θ_0 -> θ_0 + Σ_t λ_t U_t diag(m_t s_t) V_t for one matrix, for all else as _Merge; λ is not clamped."""
-
-    def __init__(self, tau: Tensor, *args):
-        super().__init__(tau, *args)
-        self.x = None
-        if tau.dim() == 3:
-            u, s, v = _svd(tau)
-            self.tau, self.x = None, nn.Parameter(torch.full_like(s, 0.1))  # (T, r): all kept at first
-            self.us = nn.Parameter((u * s[:, None]).movedim(1, 0).contiguous(), requires_grad=False)  # (D_out, T, r)
-            self.v = nn.Parameter(v, requires_grad=False)  # (T, r, D_in)
-
-    def mask(self) -> Tensor:
-        soft = torch.sigmoid(self.x / 10)
-        return soft + ((soft > 0.5).to(soft) - soft).detach()  # the gradient is that of the sigmoid
-
-    def update(self) -> Tensor:
-        lam = self.lam[self.row]
-        if self.x is None:
-            return torch.tensordot(lam.to(self.tau), self.tau, dims=1)
-        return (self.us * (lam[:, None] * self.mask()).to(self.us)).flatten(1) @ self.v.flatten(0, 1)
+        return {name: self.mask(i) for name, i in self.names.items()}
 
 
 class AdaRank(AdaMerging):
     """AdaMerging that learns, besides λ, which singular components of each task's matrices to keep (arXiv 2503.22178).
 
-    A binary mask m = (σ(x / 10) > 1/2) with trainable x, 0.1 at first, and the gradient of the sigmoid. (This
-    is the paper's TA + AdaRank; CART + AdaRank starts from the models' mean, with less than the full rank.)
+    A binary mask m = (σ(x / 10) > 1/2) with trainable x, 0.1 at first, and the gradient of the sigmoid; λ is not
+    clamped. (This is the paper's TA + AdaRank; CART + AdaRank starts from the models' mean, with less than full rank.)
     """
 
-    merge = _RankMerge
+    def __init__(self, pretrained: nn.Module, task_vectors: Vectors, init_lambda: float = 0.3):
+        super().__init__(pretrained, task_vectors, init_lambda=init_lambda)
+        self.x, self.factors = nn.ParameterDict(), nn.ParameterDict()
+        for i in set(self.names.values()):
+            if self.tau(i).dim() == 3:
+                u, s, v = _svd(self._parameters.pop(f"tau_{i}").detach())
+                self.x[str(i)] = torch.full_like(s, 0.1)  # (T, r): all kept at first
+                self.factors[f"us_{i}"] = nn.Parameter((u * s[:, None]).movedim(1, 0).contiguous(), requires_grad=False)
+                self.factors[f"v_{i}"] = nn.Parameter(v.contiguous(), requires_grad=False)
 
-    def forward(self, *args, **kwargs):
-        with cached():  # attention reads its weights several times, and to merge them is expensive here
-            return super().forward(*args, **kwargs)
+    def update(self, lam: Tensor, i: int) -> Tensor:
+        if str(i) not in self.x:
+            return torch.tensordot(lam[i].to(self.tau(i)), self.tau(i), dims=1)
+        us, v = self.factors[f"us_{i}"], self.factors[f"v_{i}"]  # (D_out, T, r), (T, r, D_in)
+        soft = torch.sigmoid(self.x[str(i)] / 10)
+        mask = soft + ((soft > 0.5).to(soft) - soft).detach()  # the gradient is that of the sigmoid
+        return (us * (lam[i][:, None] * mask).to(us)).flatten(1) @ v.flatten(0, 1)
 
 
 # ---- WEMoE's relatives: other forms of τ, shared routers, a router that was told the tasks ---------------------------
