@@ -1013,11 +1013,11 @@ def test_without_a_network_what_was_downloaded_will_do(tmp_path, model, fake):
     cache, prep, repo = tmp_path / "cache", hub.preprocessing(TINY), TASKS["EuroSAT"].repo
     image_set("EuroSAT", prep, cache)
     load_expert(TINY, "EuroSAT", model.visual)
+    fake.download(repo, "README.md", "dataset", "c0ffee")
     newer = fake.snapshots(repo, "dataset") / "newer"
     make(newer / "README.md").touch()
     for unfinished in range(9):
         (newer / f"{unfinished}.parquet").symlink_to(fake.cache / "incomplete")
-    fake.download(repo, "README.md", "dataset", "c0ffee")
     fake.online = False
     plan = hub.plan(TINY, cache, tasks=["EuroSAT"], weights=False)
     assert plan["present"] > 8 * PIXELS and plan["download"] == plan["decode"] == 0
