@@ -407,7 +407,7 @@ CORRUPTED = {"tasks": ROBUSTNESS_TASKS, "splits": tuple(CORRUPTIONS)}
 EXPERIMENTS = {
     "main": Experiment(
         "methods on every task, and what each needs besides the experts",
-        experiments.eight_tasks,
+        experiments.one_table,
         experiments.show_main,
         MAIN,
         4,
@@ -417,7 +417,7 @@ EXPERIMENTS = {
     ),
     "depths": Experiment(
         "routers of no, one and two layers",
-        partial(experiments.eight_tasks, rows=router_depths),
+        partial(experiments.one_table, rows=router_depths),
         experiments.show_depths,
         ["AdaMerging (layer-wise)", *DEPTHS.values()],
         4,
@@ -425,7 +425,7 @@ EXPERIMENTS = {
     ),
     "modules": Experiment(
         "what is routed: MLPs, attention and MLPs, or entire blocks, by one-layer routers",
-        partial(experiments.eight_tasks, rows=routed_modules),
+        partial(experiments.one_table, rows=routed_modules),
         experiments.show_modules,
         [MLP_ONLY, SEPARATELY, BLOCKS],
         10,
@@ -547,7 +547,8 @@ def run(arguments: argparse.Namespace) -> bool:
         for name, figure in shown.figures.items():
             write(output / f"{name}.png", partial(report.save, figure))
     say("\n" + text)
-    if measured is not None and measured.suite.source is None and arguments.suite in ARCHITECTURES:
+    suite = measured.suite if measured else None
+    if suite and not (suite.published or suite.source) and suite.name != "miniature":
         say("Fewer tasks or images than published, or another model: no comparison with published figures.")
     for entry in shown.claims:
         say(f"{'✓' if entry['holds'] else '✗'} {entry['claim']}: {entry['detail']}")

@@ -118,11 +118,12 @@ def published_claims(measured: Measured) -> list[dict]:
 # ---- Eight tasks: Tables 2, 3 and 7; 10; 6 ---------------------------------------------------------------------------
 
 
-def eight_tasks(
+def one_table(
     suite: Suite, methods: list[str], rows: Callable[[str, str | None], list[dict]] | None = None
 ) -> list[Condition]:
-    found = rows(suite.name, suite.source) if rows else list(suite.published.values())
-    return [Condition("main", methods, {}, {"Average": suite.tasks}, found)]
+    """All tasks as they are; `rows` are the published ones of an architecture from a source, unless the suite's own."""
+    known = rows(suite.name, suite.source) if rows else list(suite.published.values())
+    return [Condition("main", methods, {}, {"Average": suite.tasks}, known)]
 
 
 def show_main(measured: Measured) -> Shown:
@@ -402,10 +403,6 @@ def deepest_mlps(model: nn.Module, share: float) -> str:
     """A regular expression for the MLPs of the deepest blocks, so many of all: `modules` of wemoe.upscale."""
     names = [name for name, _ in model.named_modules() if name.endswith(".mlp")]
     return f"^({'|'.join(map(re.escape, names[-max(1, round(share * len(names))) :]))})$"
-
-
-def one_table(suite: Suite, methods: list[str]) -> list[Condition]:
-    return [Condition("main", methods, {}, {"Average": suite.tasks})]
 
 
 def show_layers(measured: Measured) -> Shown:

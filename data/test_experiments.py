@@ -4,6 +4,7 @@ On two tasks of the miniature with hardly any training; and on the paper's suite
 tiny CLIP in the place of ViT-B/32.
 """
 
+import copy
 import io
 import itertools
 import json
@@ -15,26 +16,30 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import datasets
 import numpy as np
 import open_clip
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import reproduce
 import wemoe
-from data import baselines, bench, experiments
+from data import baselines, experiments, report
 from data.dependencies import code_of
+from data.experiments import ADAPTATION, TRAINING_IMAGES, VALIDATION
 from data.files import alone
 from data.miniature import render
 from data.miniature import suite as miniature
@@ -57,6 +62,7 @@ from data.paper.test_paper import (
 from data.suite import Suite, Training
 
 HERE = Path(__file__).parents[1]
+GPU = torch.cuda.is_available()
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 torch.set_num_threads(1)  # small tensors gain nothing from more, and forks do not survive them
 
@@ -81,37 +87,55 @@ def model():
 # reproduce.py from end to end, on two tasks, with hardly any training
 # ------------------------------------------------------------------------------------------
 
-
-@pytest.fixture
-def small(monkeypatch, tmp_path):
-    """A function that runs reproduce.py with these arguments, small, and returns exit status and results."""
-    monkeypatch.setattr(miniature, "TRAINING", TRAINING)
-    monkeypatch.setattr(miniature, "TEST_IMAGES", 24)
-
-    def run(*arguments: str, output: str = "results") -> tuple[int, dict]:
-        tasks = [] if "--tasks" in arguments else ["--tasks", "signs", "Digits"]
-        defaults = ["--steps", "2", "--workers", "1", "--output", str(tmp_path / output)]
-        status = reproduce.main([*tasks, *defaults, *arguments])
-        file = tmp_path / output / "miniature" / "results.json"
-        return status, json.loads(file.read_text()) if file.exists() else {}
-
-    return run
-
-
 TRAINING = Training(images=24, steps=2, lr=5e-4, batch_size=8)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_miniature():
+    """Few images, little training, and figures that are made but not drawn, which takes most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(miniature, "TRAINING", TRAINING)
+        patch.setattr(miniature, "TEST_IMAGES", 12)
+        patch.setattr(report, "save", lambda figure, path: path.write_bytes(b""))
+        yield
+
+
+def run_small(folder: Path, *arguments: str) -> tuple[int, dict]:
+    """Exit status and results of reproduce.py with these arguments, small."""
+    tasks = [] if "--tasks" in arguments else ["--tasks", "signs", "Digits"]
+    status = reproduce.main([*tasks, "--steps", "2", "--workers", "1", "--output", str(folder), *arguments])
+    file = folder / "miniature" / "results.json"
+    return status, json.loads(file.read_text()) if file.exists() else {}
+
+
+@pytest.fixture
+def small(tmp_path):
+    return lambda *arguments, output="results": run_small(tmp_path / output, *arguments)
+
+
+ADAPTING = ["individual", "WEMoE", "E-WEMoE", "AdaMerging (layer-wise)", "WEMoE (rank 16)"]
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory) -> dict:
+    """What a run of these methods finds, undisturbed."""
+    return without_timings(run_small(tmp_path_factory.mktemp("usual"), "--methods", *ADAPTING)[1])
+
+
 def without_timings(results: dict) -> dict:
-    return {**results, "methods": [{**method, "seconds": 0} for method in results["methods"]]}
+    return {**results, "methods": [{**m, "seconds": 0, "evaluation_seconds": 0} for m in results["methods"]]}
 
 
-def test_results_are_those_of_the_contract(small, tmp_path, capsys):
+def test_results_are_those_of_the_contract(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "save", partial(Figure.savefig, dpi=20, format="png"))
     status, results = small("--methods", "all")
     assert status == (0 if all(claim["holds"] for claim in results["claims"]) else 1)
     assert {"suite": "miniature", "seed": 0, "tasks": ["Signs", "Digits"]}.items() <= results.items()
     assert results["device"] in ("cpu", "cuda") and results["versions"]["torch"] == torch.__version__
     assert [method["name"] for method in results["methods"]] == reproduce.MAIN
     for method in results["methods"]:
+        assert set(method["needs"]) <= {TRAINING_IMAGES, VALIDATION, ADAPTATION}
+        assert (ADAPTATION in method["needs"]) == ("adaptation" in method)
         assert set(method["accuracy"]) == {"Signs", "Digits"}
         assert method["average"] == pytest.approx(sum(method["accuracy"].values()) / 2, abs=0.011)
     methods = {method["name"]: method for method in results["methods"]}
@@ -131,9 +155,8 @@ def test_results_are_those_of_the_contract(small, tmp_path, capsys):
     assert all(claim["claim"] in printed for claim in results["claims"])
 
 
-def test_interrupted_it_goes_on_and_ends_with_the_same_results(small, monkeypatch):
-    small = partial(small, "--methods", "individual", "WEMoE", "E-WEMoE", "AdaMerging (layer-wise)")
-    _, expected = small(output="whole")
+def test_interrupted_it_goes_on_and_ends_with_the_same_results(usual, small, monkeypatch):
+    small = partial(small, "--methods", *ADAPTING)
     adapt_, calls = wemoe.adapt, []
 
     def interrupted(*args, **options):
@@ -149,15 +172,25 @@ def test_interrupted_it_goes_on_and_ends_with_the_same_results(small, monkeypatc
         pytest.fail("experts were there already") if split == "train" else render(task, split, *rest, **options)
     ))  # fmt: skip
     _, results = small()
-    assert len(calls) == 4  # of three adaptations the second was run twice
-    assert without_timings(results) == without_timings(expected)
-    assert small()[1] == results and len(calls) == 4  # everything was there already
+    assert len(calls) == 5  # of four adaptations the second was run twice
+    assert without_timings(results) == usual
+    assert small()[1] == results and len(calls) == 5  # everything was there already
 
 
-def test_two_workers_find_what_one_finds(small):
-    methods = ["--methods", "regmean", "AdaMerging (task-wise)", "WEMoE", "WEMoE (rank 16)", "Individual"]
-    runs = [small("--workers", workers, *methods, output=workers) for workers in "12"]
-    assert without_timings(runs[0][1]) == without_timings(runs[1][1]) and runs[0][0] == runs[1][0]
+def test_two_workers_find_what_one_finds_and_another_seed_something_else(usual, small):
+    assert without_timings(small("--workers", "2", "--methods", *ADAPTING)[1]) == usual
+    _, other = small("--seed", "1", "--methods", "WEMoE", output="other")
+    curves = [next(m["adaptation"] for m in run["methods"] if m["name"] == "WEMoE") for run in (usual, other)]
+    assert curves[0] != curves[1]
+
+
+def test_deterministic_algorithms_raise_nothing_and_change_nothing(usual, small):
+    torch.use_deterministic_algorithms(True)
+    try:
+        _, results = small("--methods", *ADAPTING)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert without_timings(results) == usual
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers that are not forked do not see the patched entropy")
@@ -168,42 +201,86 @@ def test_an_error_in_a_worker_is_reported_like_any_other(small, monkeypatch, cap
     assert "The entropy of task 'Signs' is nan at step 1 of 2" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "experiment, methods, conditions",
-    [
-        ("generalization", ["Pre-trained", "RegMean", "Task Arithmetic"], 2),
-        ("robustness", ["Task Arithmetic", "AdaMerging (layer-wise)"], 8),
-        ("ablation", ["WEMoE", "WEMoE (rank 4)"], 1 + 3 + 1 + 4 + 4),
-        ("collapse", ["Task Arithmetic", "WEMoE + diversity"], 2),
-    ],
-)
-def test_experiments_from_end_to_end(experiment, methods, conditions, monkeypatch, tmp_path, capsys):
+SHORT = {  # experiment -> methods, number of conditions, figures
+    "depths": (["AdaMerging (layer-wise)", "WEMoE (1-layer)", "WEMoE"], 1, {"accuracy"}),
+    "modules": (None, 1, {"accuracy"}),
+    "generalization": (["Pre-trained", "RegMean", "Task Arithmetic"], 2, {"generalization"}),
+    "robustness": (["Task Arithmetic", "AdaMerging (layer-wise)"], 2, {"robustness", "tasks"}),
+    "sweep": (["Task Arithmetic", "WEMoE (0-layer)"], 2 * 5, {"sweep"}),
+    "ablation": (["WEMoE (0-layer)", "WEMoE"], 1 + 3, {"ablation", "rates"}),
+    "layers": (["Task Arithmetic", "WEMoE (deepest 50%)", "WEMoE"], 1, {"layers"}),
+    "unload": (None, 1, set()),
+    "routing": (None, 1, {"routing", "first_choice"}),
+    "vectors": (None, 0, {"vectors"}),
+    "landscape": (None, 1, {"landscape"}),
+    "collapse": (["Task Arithmetic", "WEMoE + diversity"], 2, {"collapse", "tasks"}),
+}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    return tmp_path_factory.mktemp("shared")  # experts are fine-tuned once for all experiments
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_experiments_from_end_to_end(name, shared, monkeypatch, capsys):
     """Every condition with every method: tables with the right tasks and averages, and figures."""
-    monkeypatch.setattr(miniature, "TRAINING", TRAINING)
-    monkeypatch.setattr(miniature, "TEST_IMAGES", 12)
-    chosen = reproduce.EXPERIMENTS[experiment]
-    monkeypatch.setitem(reproduce.EXPERIMENTS, experiment, replace(chosen, seeds=min(2, chosen.seeds)))
-    options = ["--steps", "2", "--workers", "1", "--output", str(tmp_path)]
-    tasks = ["--tasks", "signs", "digits"] if experiment == "ablation" else []
-    assert reproduce.main(["--experiment", experiment, "--methods", *methods, *options, *tasks]) in (0, 1)
-    folder = tmp_path / "miniature" / experiment
-    results = json.loads((folder / "results.json").read_text())
-    assert results["experiment"] == experiment and len(results["conditions"]) == conditions
-    table = (folder / "table.md").read_text()
-    assert table in capsys.readouterr().out and (folder / f"{experiment}.png").exists()
+    methods, count, figures = SHORT[name]
+    chosen = reproduce.EXPERIMENTS[name]
+    seeds, lambdas = min(2, chosen.seeds), (0.0, 0.3)
+    few = replace(chosen, seeds=seeds, scalings=lambdas if chosen.scalings else ())
+    if name == "robustness":
+        few = replace(few, conditions=partial(experiments.corrupted_conditions, kinds=("contrast",)))
+    grid = partial(experiments.landscape, points=3, count=4)
+    landscape = replace(reproduce.METHODS[experiments.LANDSCAPE], make=grid)
+    monkeypatch.setitem(reproduce.EXPERIMENTS, name, few)
+    monkeypatch.setitem(reproduce.METHODS, experiments.LANDSCAPE, landscape)
+    monkeypatch.setattr(experiments, "ABLATION", {"lr": experiments.ABLATION["lr"]})
+    monkeypatch.setattr(experiments, "LAMBDAS", lambdas)
+    several = not chosen.tasks and not chosen.all_tasks
+    options = ["--steps", "1", *(["--methods", *methods] if methods else [])]
+    options += ["--tasks", "signs", "digits"] if several else []
+    command = ["--workers", "1", "--output", str(shared), "--experiment", name]
+    assert reproduce.main([*command, *options]) in (0, 1)
+    folder = shared / "miniature" / name
+    results, table = json.loads((folder / "results.json").read_text()), (folder / "table.md").read_text()
+    assert results["experiment"] == name and len(results["conditions"]) == count
+    assert table in capsys.readouterr().out and {file.stem for file in folder.glob("*.png")} == figures
+    outcomes = []
     for condition in results["conditions"]:
-        for name, entries in condition["methods"].items():
-            assert len(entries) == min(2, chosen.seeds)
-            for average, tasks in condition["columns"].items():
+        for method, entries in condition["methods"].items():
+            assert len(entries) == seeds and (method in table or chosen.show not in TABLES)
+            outcomes.append(dict(entries[0], name="", seconds=0, evaluation_seconds=0))
+            for average, tasks in condition["columns"].items() if chosen.show in TABLES else ():
                 values = [np.mean([entry["accuracy"][task] for task in tasks]) for entry in entries]
-                assert f"{np.mean(values):.1f}" in table and average in table, (name, tasks)
-    outcomes = [c["methods"].get(methods[-1], c["methods"].get("WEMoE"))[0] for c in results["conditions"]]
-    outcomes = [dict(outcome, name="", seconds=0) for outcome in outcomes]
-    assert any(outcome != outcomes[0] for outcome in outcomes)  # conditions make a difference
-    if experiment == "generalization":
+                assert f"{np.mean(values):.1f}" in table and average in table, (method, tasks)
+    assert len(outcomes) < 2 or any(outcome != outcomes[0] for outcome in outcomes)  # conditions make a difference
+    if name == "generalization":
         assert results["conditions"][0]["columns"]["Unseen"] == ["Digits", "LandUse"]
-    if experiment == "collapse":
+    if name == "collapse":
         assert " ± " in table
+    found = {len(outcome["routing"]) for outcome in outcomes if "routing" in outcome}
+    if several and outcomes:
+        assert found == {"layers": {2, 4}, "modules": {4, 8}, "landscape": set()}.get(name, {4})  # routed modules
+    if name == "unload":
+        assert all(claim["holds"] for claim in results["claims"]) and len(results["claims"]) == 2
+    if name == "routing":
+        rows = [row for matrix in outcomes[0]["first_choice"].values() for row in matrix]
+        assert np.allclose(np.sum(rows, 1), 1) and np.min(rows) >= 0
+    if name == "sweep":
+        points = outcomes[0]["curve"]
+        assert [point["scaling"] for point in points] == [0.0, 0.3]
+        assert points[1]["average"] == pytest.approx(outcomes[0]["average"], abs=0.01)
+
+
+TABLES = {
+    experiments.show_depths,
+    experiments.show_modules,
+    experiments.show_generalization,
+    experiments.show_robustness,
+    experiments.show_unload,
+    experiments.show_collapse,
+}
 
 
 def test_variants_of_a_suite():
@@ -221,24 +298,82 @@ def test_variants_of_a_suite():
     assert list(whole.experts) == ["Signs", "Digits"] and whole.adaptation == miniature.ADAPTATION
 
 
+def suite_like(name: str, tasks: list[str], source: str | None = "paper", **more) -> SimpleNamespace:
+    given = {"tasks": tasks, "heads": dict.fromkeys(tasks), "adaptation": miniature.ADAPTATION, "shortened": False}
+    rows = {row["method"]: row for row in published.eight_tasks(name, source)}
+    variant = lambda **_: SimpleNamespace(test={})  # noqa: E731
+    return SimpleNamespace(name=name, source=source, published=rows, claimable=True, variant=variant, **given, **more)
+
+
+def test_every_row_of_the_papers_tables_is_beside_ours_in_some_experiment():
+    """The conditions of the experiments have each row of the paper's tables of accuracy, and can run its method."""
+    rows, names = [], ("main", "depths", "modules", "generalization", "robustness")
+    for arch, name in itertools.product(hub.ARCHITECTURES, names):
+        experiment = reproduce.EXPERIMENTS[name]
+        suite = suite_like(arch, experiment.tasks or list(hub.TASKS))
+        for condition in experiment.conditions(suite, experiment.methods):
+            tasks = sum(condition.columns.values(), [])
+            assert all(set(row["accuracy"]) == set(tasks) for row in condition.published)
+            known = [row for row in condition.published if row["method"] in condition.methods]
+            rows += [str(sorted(row["accuracy"].items())) for row in known]
+    theirs = []
+    for table in published.paper_tables().values():
+        groups = table.get("conditions") or {"all": table["rows"]}
+        tasks = table.get("tasks") or table.get("seen", []) + table.get("unseen", []) or list(hub.TASKS)
+        for row in itertools.chain(*groups.values()):
+            if "average" in row or "seen" in row:
+                theirs.append(str(sorted(zip(tasks, row.get("accuracy") or row["seen"] + row["unseen"]))))
+    assert len(theirs) == 13 + 11 + 3 + 6 + 3 + 2 * 8 * 5
+    assert not Counter(theirs) - Counter(rows)
+
+
+def test_parameters_are_the_papers_without_any_weights(tmp_path, capsys):
+    assert reproduce.main(["--experiment", "table8", "--output", str(tmp_path)]) == 0
+    tables, printed = published.paper_tables(), capsys.readouterr().out
+    assert printed.count(" yes |") == 2 * len(tables["1"]["rows"]) + 2 * len(tables["8"]["rows"]) + 1 + 3
+
+
+@given(st.integers(1, 10**10), st.sampled_from([("", 1), ("K", 1e3), ("M", 1e6), ("B", 1e9)]), st.integers(0, 3))
+def test_a_number_rounds_to_what_is_printed(value, unit, digits):
+    printed = f"{value / unit[1]:.{digits}f}"
+    assert experiments.rounds_to(value, printed + unit[0])
+    assert not experiments.rounds_to(value, f"{float(printed) + 10**-digits:.{digits}f}" + unit[0])
+
+
+def test_lengths_and_angles_of_task_vectors(model):
+    """Of 3 θ_0 the vector is twice θ_0 and the angle 0; of -θ_0 it is as long, and the angle is that of -1."""
+    tower = model.visual
+    theta = {name: p for name, p in tower.state_dict().items() if ".1.mlp." in name}
+    length = 2 * torch.cat([p.flatten() for p in theta.values()]).double().norm().item()
+    for factor in (3, -1):
+        expert = copy.deepcopy(tower)
+        expert.load_state_dict({name: factor * p for name, p in tower.state_dict().items()})
+        suite = SimpleNamespace(pretrained=tower, experts={"one": expert})
+        text = experiments.show_vectors(experiments.Measured(suite, [], {})).text
+        (row,) = [line for line in text.splitlines() if line.startswith("| mlp, 1")]
+        _, found, cosine = (cell.strip() for cell in row.split("|")[1:-1])
+        assert float(found) == pytest.approx(length, rel=1e-3) and float(cosine) == pytest.approx(np.sign(factor))
+
+
 def entries(**accuracy: float) -> list[dict]:
-    return [{"accuracy": accuracy}]
+    average = sum(accuracy.values()) / len(accuracy)
+    return [{"accuracy": accuracy, "average": average, "group": "", "name": "", "needs": []}]
 
 
-def verdicts(show, columns: dict[str, dict], measured: dict, monkeypatch) -> list[bool]:
+def verdicts(show, columns: dict[str, dict], measured: dict) -> list[bool]:
     conditions = [experiments.Condition(name, list(measured[name]), {}, parts) for name, parts in columns.items()]
     tasks = [task for parts in columns[conditions[0].name].values() for task in parts]
-    suite = SimpleNamespace(tasks=tasks, variant=lambda: SimpleNamespace(test={}))
-    monkeypatch.setattr(experiments, "draw_corrupted", lambda *_: {})
-    return [claim["holds"] for claim in show(experiments.Measured(suite, conditions, measured))[1]]
+    suite = suite_like("miniature", tasks, None)
+    return [claim["holds"] for claim in show(experiments.Measured(suite, conditions, measured)).claims]
 
 
 def test_claims_about_unseen_tasks_and_collapse(monkeypatch):
+    monkeypatch.setattr(experiments, "draw_corrupted", lambda *_: {})
     columns = {"without C": {"Seen": ["A", "B"], "Unseen": ["C"]}}
     measured = {"without C": {"WEMoE": entries(A=90, B=80, C=10), "RegMean": entries(A=89, B=79, C=99)}}
-    assert verdicts(experiments.show_generalization, columns, measured, monkeypatch) == [True]
+    assert verdicts(experiments.show_generalization, columns, measured) == [True]
     measured["without C"]["RegMean"] = entries(A=95, B=79, C=9)
-    assert verdicts(experiments.show_generalization, columns, measured, monkeypatch) == [False]
+    assert verdicts(experiments.show_generalization, columns, measured) == [False]
 
     columns = dict.fromkeys(("clean", "noise"), {"Average": ["A", "B"]})
     ta, cured = "Task Arithmetic", "WEMoE + diversity"
@@ -246,86 +381,71 @@ def test_claims_about_unseen_tasks_and_collapse(monkeypatch):
         "clean": {ta: entries(A=80, B=80), "WEMoE": entries(A=95, B=95), cured: entries(A=94, B=95.2)},
         "noise": {ta: entries(A=50, B=50), "WEMoE": entries(A=9, B=90), cured: entries(A=70, B=80)},
     }
-    assert verdicts(experiments.show_collapse, columns, base, monkeypatch) == [True, True, True]
+    assert verdicts(experiments.show_collapse, columns, base) == [True, True, True]
     for condition, method, accuracy, verdict in (
         ("noise", "WEMoE", entries(A=60, B=60), [False, True, True]),
         ("noise", "WEMoE + diversity", entries(A=40, B=90), [True, False, True]),
         ("clean", "WEMoE + diversity", entries(A=93, B=95), [True, True, False]),
     ):
         changed = {**base, condition: {**base[condition], method: accuracy}}
-        assert verdicts(experiments.show_collapse, columns, changed, monkeypatch) == verdict
+        assert verdicts(experiments.show_collapse, columns, changed) == verdict
     del base["noise"]["WEMoE"]
-    assert verdicts(experiments.show_collapse, columns, base, monkeypatch) == []
+    assert verdicts(experiments.show_collapse, columns, base) == []
 
 
-def test_bench_measures_ours_the_loop_and_the_dense_model(monkeypatch, tmp_path, capsys):
-    """On a tiny tower, where bounds mean nothing: what is timed is equal, everything is reported and kept."""
-    tiny_clip = hub.ARCHITECTURES["ViT-B-32"]._replace(model=TINY.model)
-    monkeypatch.setitem(hub.ARCHITECTURES, "ViT-B-32", tiny_clip)
+def test_claims_about_depths_and_modules():
+    def of(show, *values: float, names) -> list[bool]:
+        rows = {"main": {name: entries(A=value) for name, value in zip(names, values)}}
+        return verdicts(show, {"main": {"Average": ["A"]}}, rows)
 
-    def once(calls, device):
-        return {name: 1.0 for name, call in calls.items() if [call()]}
-
-    monkeypatch.setattr(bench, "medians", once)
-    monkeypatch.setattr(bench, "peak_bytes", lambda function, which, *rest: 1000 + which)
-    options = ["--device", "cpu", "--output", str(tmp_path)]
-    assert reproduce.main(["bench", "--tasks", "2", "--batch", "2", "3", *options]) == 1
-    results = json.loads((tmp_path / "bench" / "results.json").read_text())
-    assert len(results["rows"]) == 2 + 6 and (tmp_path / "bench" / "time.png").exists()
-    assert (results["num_tasks"], list(results["batch"]), sorted(results["tasks"])) == (2, ["2", "3"], ["2", "20"])
-    timed = [*results["batch"].values(), *results["tasks"].values()]
-    assert all(seconds.keys() == {"dense", "ours", "loop"} for seconds in timed)  # what the plot shows
-    said = capsys.readouterr().out
-    assert (said.count("ours / dense"), said.count("loop / ours")) == (4, 1)
-    for error, status in ((MemoryError, 2), (KeyboardInterrupt, 130)):
-        monkeypatch.setattr(bench, "peak_bytes", mock.Mock(side_effect=error))
-        assert reproduce.main(["bench", "--tasks", "2", "--batch", "2", *options]) == status
-        assert len(json.loads((tmp_path / "bench" / "results.json").read_text())["rows"]) == 6  # measured before
-    assert "goes on" not in capsys.readouterr().err
-    monkeypatch.setattr(bench.PerSampleLoop, "forward", lambda self, x: x + 1)
-    assert reproduce.main(["bench", *options]) == 2
-    assert "differs from the loop" in capsys.readouterr().err
-
-
-def allocate(count: int) -> tuple:
-    return (lambda: torch.ones(count).sum()), torch.device("cpu")
-
-
-def test_medians_and_peaks_are_measured():
-    calls = {"one": lambda: None, "other": lambda: None}
-    assert bench.medians(calls, torch.device("cpu"), seconds=0).keys() == calls.keys()
-    assert 2**25 < bench.peak_bytes(allocate, 2**24) < 2**28  # 2**26 bytes, and what else torch takes
-
-
-def test_the_seed_decides(small):
-    names = ["--methods", "individual", "WEMoE"]
-    runs = [without_timings(small(*names, "--seed", seed, output=folder)[1]) for seed, folder in ("1a", "1b", "2c")]
-    assert runs[0] == runs[1]
-    assert runs[0]["methods"] != runs[2]["methods"]
+    depths = partial(of, experiments.show_depths, names=["AdaMerging (layer-wise)", "WEMoE (1-layer)", "WEMoE"])
+    assert depths(80.9, 88.8, 89.4) == [True, True]  # Table 10
+    assert depths(80.9, 88.3, 89.4) == [False, True] and depths(89, 88.9, 89.4) == [True, False]
+    modules = partial(of, experiments.show_modules, names=reproduce.EXPERIMENTS["modules"].methods)
+    assert modules(88.8, 89.2, 86.4) == [True, True]  # Table 6
+    assert modules(89.3, 89.2, 89.4) == [False, False]
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["--tasks", "Weather"], "unknown task 'Weather': choose among 'Scenes', 'Cars'"),
+        (["ViT-B-32", "--tasks", "Weather"], "unknown task 'Weather': choose among 'SUN397'"),
         (["--methods", "TIE"], "unknown method 'TIE': choose among 'Weight Averaging', 'Task Arithmetic'"),
-        (["--experiment", "none"], "unknown experiment 'none': choose among 'main', 'generalization'"),
-        (["--experiment", "robustness", "--tasks", "Signs"], "--tasks is for the experiments main and ablation"),
+        (["--experiment", "none"], "unknown experiment 'none': choose among 'main', 'depths'"),
+        (["--experiment", "robustness", "--tasks", "Signs"], "--tasks is not for the experiment robustness"),
+        (["--experiment", "fig3", "--methods", "WEMoE"], "unknown method of the experiment vectors 'WEMoE'"),
         (["--steps", "0"], "--steps 0: a number from 1 to"),
+        (["--steps", "-5"], "--steps -5: a number from 1 to"),
         (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+        (["--steps", "nan"], "argument --steps: invalid int value: 'nan'"),
+        (["--steps", "1" + "0" * 30], "a number from 1 to 2147483647"),
         (["--seed", "-1"], "--seed -1: a number from 0 to"),
         (["--workers", "0"], "--workers 0: a number from 1 to"),
+        (["--limit", "5"], "--limit is for the paper's suites"),
+        (["ViT-B-32", "--limit", "0"], "--limit 0: a number from 1"),
         (["ViT-B-32", "--workers", "2"], "--workers is for the miniature on a CPU; on several GPUs use torchrun"),
+        (["ViT-B-32", "--arch", "RN50"], "--arch and --pretrained need --finetune"),
+        (["ViT-B-32", "--finetune", "--experts", "x"], "choose one"),
+        (["ViT-B-32", "--finetune", "--arch", "RN5000", "--cache", "{tmp}"], "RN5000"),
+        (["ViT-B-32", "--hub", "/nowhere", "--cache", "{tmp}"], "/nowhere"),
+        (["ViT-B-32", "--precision", "int4"], "invalid choice: 'int4'"),
         (["--device", "tpu9"], "--device tpu9: not usable here"),
+        (["--device", "meta"], "--device meta: not usable here"),
+        (["--device", ""], "--device : not usable here"),
+        pytest.param(["--device", "cuda"], "'cpu' always is", marks=pytest.mark.skipif(GPU, reason="there is one")),
         (["ViT-Z"], "invalid choice: 'ViT-Z'"),
         (["--bogus"], "unrecognized arguments: --bogus"),
         (["--output", __file__], "is a file, a folder is needed"),
+        (["--output", __file__ + "/x"], "Not a directory"),
     ],
 )
-def test_bad_arguments_are_refused_in_one_line(arguments, message, capsys):
+def test_bad_arguments_are_refused_in_one_line(arguments, message, capsys, tmp_path):
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    arguments += [] if "--output" in arguments else ["--output", str(tmp_path)]
     assert reproduce.main(arguments) == 2
-    printed = capsys.readouterr()
-    assert message in printed.err and printed.err.count("\n") == 1 and not printed.out
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1
 
 
 def test_help_tells_the_choices(capsys):
@@ -581,23 +701,6 @@ def test_a_broken_file_is_named_and_nothing_done_is_lost(paper, tmp_path, capsys
     assert [method["name"] for method in results["methods"]] == ["Pre-trained", "Individual"]
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--limit", "5"], "--limit is for the paper's suites"),
-        (["ViT-B-32", "--limit", "0"], "--limit 0: a number from 1"),
-        (["ViT-B-32", "--arch", "RN50"], "--arch and --pretrained need --finetune"),
-        (["ViT-B-32", "--finetune", "--experts", "x"], "choose one"),
-        (["ViT-B-32", "--finetune", "--arch", "RN5000"], "RN5000"),
-        (["ViT-B-32", "--hub", "/nowhere"], "/nowhere"),
-        (["ViT-B-32", "--precision", "int4"], "invalid choice: 'int4'"),
-    ],
-)
-def test_bad_arguments_of_the_papers_suite(arguments, message, capsys, tmp_path):
-    assert reproduce.main([*arguments, "--output", str(tmp_path), "--cache", str(tmp_path)]) == 2
-    assert message in capsys.readouterr().err
-
-
 # ------------------------------------------------------------------------------------------
 # It does not break: bad input, hostile files, kills, numbers at their limits, and anything random
 # ------------------------------------------------------------------------------------------
@@ -791,22 +894,6 @@ DAMAGE = {
         "image 8 has the label 10; 0 to 9 are known",
     ),
     "other classes": (data_set(classes=list("abc")), r"has 3 classes \(a, b, c\), but tasks.json 10"),
-    # Arguments
-    "unknown task": (with_arguments("--tasks", "Weather"), "unknown task 'Weather': choose among 'SUN397'"),
-    "unknown method": (with_arguments("--methods", "TIE"), "unknown method 'TIE': choose among"),
-    "unknown experiment": (with_arguments("--experiment", "x"), "unknown experiment 'x': choose among 'main'"),
-    "unknown device": (with_arguments("--device", "tpu9"), "--device tpu9: not usable here .*'cpu' always is"),
-    "meta device": (with_arguments("--device", "meta"), "--device meta: not usable here"),
-    "empty device": (with_arguments("--device", ""), "--device : not usable here"),
-    "zero steps": (with_arguments("--steps", "0"), "--steps 0: a number from 1 to"),
-    "negative steps": (with_arguments("--steps", "-5"), "--steps -5: a number from 1 to"),
-    "NaN steps": (with_arguments("--steps", "nan"), "--steps: invalid int value: 'nan'"),
-    "huge steps": (with_arguments("--steps", "1" + "0" * 30), "--steps 10+: a number from 1 to 2147483647"),
-    "negative seed": (with_arguments("--seed", "-1"), "--seed -1: a number from 0 to"),
-    "zero limit": (with_arguments("--limit", "0"), "--limit 0: a number from 1 to"),
-    "output a file": (with_arguments("--output", __file__), "test_experiments.py: is a file, a folder is needed"),
-    "output in a file": (with_arguments("--output", __file__ + "/x"), "Not a directory.*test_experiments.py/x"),
-    "images in a file": (with_arguments("--cache", __file__ + "/x"), "Not a directory.*test_experiments.py"),
     # The machine, and numbers
     "output not writable": (
         raising(Path, "mkdir", PermissionError(13, "Permission denied", "results")),
@@ -848,8 +935,6 @@ DAMAGE = {
         "The entropy of task 'EuroSAT' is nan at step 1 of 2",
     ),
 }
-if not torch.cuda.is_available():
-    DAMAGE["no GPU"] = with_arguments("--device", "cuda"), "--device cuda: not usable here"
 
 
 def kept_file(pattern: str, data: bytes = b"{"):
@@ -1026,17 +1111,6 @@ def test_a_signal_while_libraries_load_ends_it_without_a_traceback():
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130 or os.name == "nt"
     assert "interrupted" in (error := process.stderr.read()) and "Traceback" not in error
-
-
-def test_deterministic_algorithms_raise_nothing_and_change_nothing(small):
-    methods = ["--methods", "individual", "WEMoE", "WEMoE (rank 16)", "E-WEMoE", "AdaMerging (task-wise)"]
-    _, expected = small(*methods, output="usual")
-    torch.use_deterministic_algorithms(True)
-    try:
-        _, results = small(*methods, output="deterministic")
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert without_timings(results) == without_timings(expected)
 
 
 # ------------------------------------------------------------------------------------------
