@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 import wemoe
+from data.dependencies import code_of
 from data.files import derive_seed, fingerprint, read_kept, write
 from data.processes import barrier, each, gathered, progress, rank, total, world
 
@@ -103,8 +104,9 @@ class Suite:
         some = [[part[:: 1 + len(part) // 20] for part in pair] for pair in self.test.values()]
         tests = [p.contiguous().numpy() for x, y in some for p in tree_leaves((self.normalise(x), y))]
         sizes = [len(labels) for _, labels in self.test.values()]
+        code = [code_of(function) for function in (*self.metrics.values(), self.answer, self.features) if function]
         settings = self.name, self.seed, self.device.type, self.precision, self.adaptation, self.scalings
-        return fingerprint(*settings, self.tasks, sizes, torch.__version__, *models, *heads, *tests)
+        return fingerprint(*settings, self.tasks, sizes, torch.__version__, *models, *heads, *tests, *code)
 
     def variant(self, experts: tuple[str, ...] = (), split: str = "test", **adaptation) -> "Suite":
         """The same with fewer experts, other test images (a corruption's name) or other settings of adaptation."""

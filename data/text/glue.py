@@ -30,7 +30,7 @@ from data.text.metrics import METRICS, spearman
 class Task(NamedTuple):
     """A task of GLUE: its columns in order, its split and how many examples that has; prompt and answers for Flan-T5.
 
-    Without answers it is a regression.
+    The answers are in the order of the labels. Without any it is a regression.
     """
 
     columns: list[str]
@@ -48,7 +48,7 @@ NOTE = (
     f"{', '.join(REGRESSIONS)} is a regression, about which entropy says nothing: it is merged, but not adapted to. "
     "Figures are "
 )
-# Methods that a head of its own, a regression or an answer in words leaves without meaning.
+# Methods to which heads of their own, a regression or answers in words leave no meaning.
 SENSELESS = ("Fisher Merging", "Simple Ensemble", "Traditional MTL")
 
 
@@ -56,9 +56,9 @@ def roberta_glue_suite(arguments: argparse.Namespace) -> Suite:
     from data.text import models
 
     mirror, tasks = arguments.hub, arguments.tasks
-    base, fine = (repository(n, "model", mirror) for n in ("roberta-base", "vanillaOVO/roberta_base_glue_ckpts"))
+    base, fine = (repository(name, "model", mirror) for name in ("roberta-base", FACTS["roberta experts"]))
     files = {task: (fine, weights_in(fine, f"{task}/")) for task in tasks}
-    fetch(arguments, base, [*files.values()])
+    announce(arguments, base, [*files.values()])
     config, tokenizer = read_json(base.fetch("config.json")), models.read_tokenizer(base.fetch("tokenizer.json"))
     path = base.fetch(weights_in(base))
     pretrained = models.roberta(config, hub.read_weights(path), path)
@@ -67,13 +67,14 @@ def roberta_glue_suite(arguments: argparse.Namespace) -> Suite:
         for task, (repo, file) in items:
             path = repo.fetch(file)
             state = hub.read_weights(path)
+            outputs = 1 if task in REGRESSIONS else len(GLUE[task].answers)
             experts[task] = models.roberta(config, state, path)
-            heads[task] = models.roberta_head(config, state, len(GLUE[task].answers or [None]), path)
+            heads[task] = models.roberta_head(config, state, outputs, path)
 
     def load(task: str, split: str, count: int | None) -> tuple[Tensor, Tensor]:
         examples = read_examples(arguments, task, split, count)
-        texts = [tuple(e[name] for name in GLUE[task].columns) for e in examples]
-        texts = texts if len(GLUE[task].columns) == 2 else [text for (text,) in texts]
+        first, *second = ([e[name] for e in examples] for name in GLUE[task].columns)
+        texts = list(zip(first, *second)) if second else first
         return models.tokenise(tokenizer, texts, 128), torch.tensor([e["label"] for e in examples])
 
     suite = glue_suite(arguments, pretrained, experts, heads, load, tokenizer.token_to_id("<pad>"))
@@ -90,7 +91,7 @@ def flan_t5_glue_suite(arguments: argparse.Namespace) -> Suite:
     base = repository("google/flan-t5-base", "model", mirror)
     repos = {task: repository(f"tanganke/flan-t5-base_glue-{task}", "model", mirror) for task in tasks}
     files = {task: (repo, weights_in(repo)) for task, repo in repos.items()}
-    fetch(arguments, base, [*files.values()])
+    announce(arguments, base, [*files.values()])
     config, tokenizer = read_json(base.fetch("config.json")), models.read_tokenizer(base.fetch("tokenizer.json"))
     path = base.fetch(weights_in(base))
     pretrained, experts = models.t5(config, hub.read_weights(path), path), {}
@@ -98,8 +99,15 @@ def flan_t5_glue_suite(arguments: argparse.Namespace) -> Suite:
         for task, (repo, file) in items:
             path = repo.fetch(file)
             experts[task] = models.t5(config, hub.read_weights(path), path)
-    answers = {task: GLUE[task].answers or ["1", "5"] for task in tasks}
-    heads = {t: models.FirstAnswers([tokenizer.encode(text).ids[0] for text in texts]) for t, texts in answers.items()}
+    heads = {}
+    for task in tasks:
+        answers = GLUE[task].answers or ["1", "5"]  # of a regression, a head that nobody asks
+        first = [tokenizer.encode(text).ids[0] for text in answers]
+        if len(set(first)) < len(first):
+            raise InputError(
+                f"{task}: {', '.join(answers)} begin with the same token, which has no entropy to minimise"
+            )
+        heads[task] = models.FirstAnswers(first)
 
     def load(task: str, split: str, count: int | None) -> tuple[Tensor, Tensor]:
         examples = read_examples(arguments, task, split, count)
@@ -199,8 +207,8 @@ def shards(arguments: argparse.Namespace, task: str, split: str) -> tuple[Reposi
     return repo, hub.shards(repo, task, GLUE[task].split if split == "test" else split)
 
 
-def fetch(arguments: argparse.Namespace, base: Repository, experts: list[tuple[Repository, str]]) -> None:
-    """Say what a run downloads, and raise InputError if there is no room for it; the downloads come one by one."""
+def announce(arguments: argparse.Namespace, base: Repository, experts: list[tuple[Repository, str]]) -> None:
+    """Say how much a run downloads, and raise InputError if there is no room for it."""
     needed = [(base, file) for file in ("config.json", "tokenizer.json", weights_in(base))] + experts
     for task in arguments.tasks:
         for split in ("test", *arguments.splits):
@@ -208,7 +216,8 @@ def fetch(arguments: argparse.Namespace, base: Repository, experts: list[tuple[R
             needed += [(repo, file) for file in files]
     folder = Path(huggingface_hub.constants.HF_HUB_CACHE)
     items = [hub.Item(f, repo.sizes.get(f, 0), repo.on_disk(f) is not None, folder) for repo, f in needed]
-    say(f"{arguments.suite}: {hub.summary(items)}")
+    missing = sum(item.bytes for item in items if not item.present)
+    say(f"{arguments.suite}: {missing / 1e9:.1f} GB to download")
     hub.check_space(items)
 
 
@@ -236,6 +245,6 @@ def read_examples(arguments: argparse.Namespace, task: str, split: str, count: i
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not a readable JSON file: {one_line(error)}") from error
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is not a JSON file with a model's configuration: {one_line(error)}") from error

@@ -65,7 +65,7 @@ def roberta(config: dict, state: State, source: Path) -> FirstToken:
 
     The two linear layers of an MLP, which lie apart in transformers, become one module `mlp`: what is to be routed.
     """
-    encoder = RobertaModel(RobertaConfig(**config), add_pooling_layer=False)
+    encoder = RobertaModel(RobertaConfig.from_dict(config), add_pooling_layer=False)
     load(encoder, without(part(state, "roberta."), "pooler.", "embeddings.position_ids"), source)
     for layer in encoder.encoder.layer:
         mlp = nn.Sequential(layer.intermediate, layer.output.dense)
@@ -75,14 +75,14 @@ def roberta(config: dict, state: State, source: Path) -> FirstToken:
 
 def roberta_head(config: dict, state: State, outputs: int, source: Path) -> nn.Module:
     """The classifier of a RobertaForSequenceClassification: features (B, D) -> (B, outputs). Raises InputError."""
-    head = RobertaClassificationHead(RobertaConfig(**{**config, "num_labels": outputs}))
+    head = RobertaClassificationHead(RobertaConfig.from_dict({**config, "num_labels": outputs}))
     load(head, part(state, "classifier."), source)
     return nn.Sequential(nn.Unflatten(1, (1, -1)), head).eval().requires_grad_(False)  # it takes (B, N, D)
 
 
 def t5(config: dict, state: State, source: Path) -> Answering:
     """A T5. Raises InputError, naming the entry, for weights that do not fit."""
-    model = T5ForConditionalGeneration(T5Config(**config))
+    model = T5ForConditionalGeneration(T5Config.from_dict(config))
     if not torch.equal(state.get("lm_head.weight", torch.empty(0)), state.get("shared.weight", torch.empty(0))):
         # transformers ties the two at first, whatever the config says. In Flan-T5 they differ.
         model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
