@@ -1009,15 +1009,15 @@ def test_a_task_alone_is_recovered_whatever_its_rank(rule, seed):
     close(rule([tau])["w"], tau["w"], atol=1e-9)
 
 
-@pytest.mark.parametrize("rule", [tsv_merge, BY_MATRIX["WUDI"]])
+@pytest.mark.parametrize("rule, atol", [(tsv_merge, 1e-9), (partial(wudi, steps=20), 3e-4)])
 @properties
 @given(st.integers(1, 4), seeds)
-def test_tasks_that_share_no_direction_are_added_up(rule, tasks, seed):
-    """As ranks are at most r/T, nothing is lost."""
+def test_tasks_that_share_no_direction_are_added_up(rule, atol, tasks, seed):
+    """As ranks are at most r/T, nothing is lost. (Adam makes its steps of 1e-5 where the gradient is rounding, too.)"""
     (left, right), rank = (torch.linalg.qr(tau["w"]).Q for tau in matrices(2, seed, 8, 8)), 8 // tasks
     blocks = [slice(t * rank, (t + 1) * rank) for t in range(tasks)]
     taus = [{"w": left[:, block] @ torch.rand(rank).double().diag() @ right[:, block].T} for block in blocks]
-    close(rule(taus)["w"], sum(tau["w"] for tau in taus), atol=1e-5)  # Adam moves by what rounding leaves
+    close(rule(taus)["w"], sum(tau["w"] for tau in taus), atol=atol)
 
 
 @properties
