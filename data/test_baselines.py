@@ -7,6 +7,7 @@ relative) stays below ATOL.
 import copy
 import io
 import math
+import re
 from functools import partial
 
 import open_clip
@@ -24,24 +25,35 @@ import wemoe
 from data import baselines
 from data.baselines import (
     AdaMerging,
+    AdaRank,
     ConcreteMask,
     Ensemble,
     LowRankLinear,
+    Mass,
+    Smile,
     SparseLinear,
     average_by,
+    consensus,
     emr,
     fisher_information,
     fisher_merging,
     gram_matrices,
+    iso_c,
+    iso_cts,
     least_squares,
     regmean,
+    regmean_plus_plus,
     share_router,
+    tall_masks,
     ties,
     trim,
     trim_and_elect,
+    tsv_merge,
     twin_merging,
     weigh_entries,
+    wudi,
 )
+from data.suite import Suite, evaluate_task_free, routed
 from wemoe import Router, WEMoE, adapt, routing_weights, task_arithmetic, task_vector, upscale
 
 ATOL = 2e-5
@@ -187,6 +199,8 @@ def merges(taus: list[dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
         "sum": ties(taus, 0.5, "sum"),
         "mean": ties(taus, 0.5, "mean"),
         "emr": emr(taus)[0],
+        "tall": tall_masks(taus)[0],
+        "consensus": consensus(taus),
         "fisher": average_by(fishers, taus, weigh_entries),
         "regmean": average_by(grams, taus, least_squares),
     }
@@ -251,6 +265,8 @@ def test_a_vector_that_is_alone_or_that_all_tasks_share_is_recovered(tasks, dtyp
     merged = merges([tau] * tasks)
     same(merged.pop("mean"), trim(tau, 0.5))
     same(merged.pop("sum"), {name: tasks * entry for name, entry in trim(tau, 0.5).items()})
+    same(merged.pop("tall"), {name: tasks * entry for name, entry in tau.items()})
+    same(merged.pop("consensus"), {name: tasks * entry * (tasks in (2, 3)) for name, entry in tau.items()})
     for name in merged:
         same(merged[name], tau)
     unified, masks, rescalers = emr([tau] * tasks)
@@ -383,6 +399,10 @@ def concrete(models: list[nn.Module]) -> ConcreteMask:
     return ConcreteMask(models[0], vectors_of(models))
 
 
+def ada_rank(models: list[nn.Module]) -> AdaRank:
+    return AdaRank(models[0], vectors_of(models))
+
+
 def layers(count: int, seed: int = 0) -> list[nn.Module]:
     torch.manual_seed(seed)
     return [
@@ -483,7 +503,7 @@ class Normed(nn.Module):
         return self.down(self.again(self.norm(self.up(x)))) + x @ self.first @ self.second
 
 
-@pytest.mark.parametrize("merging", [ada_merging, concrete])
+@pytest.mark.parametrize("merging", [ada_merging, concrete, ada_rank])
 @pytest.mark.parametrize("training", [True, False])
 def test_tied_shared_frozen_and_unused_parameters_and_batch_norm(training, merging):
     torch.manual_seed(0)
@@ -533,7 +553,7 @@ def test_checkpoints_in_the_model_change_no_gradient(kind, merging):
     close(*results, atol=1e-4)
 
 
-@pytest.mark.parametrize("merging", [ada_merging, concrete])
+@pytest.mark.parametrize("merging", [ada_merging, concrete, ada_rank])
 def test_names_in_the_state_dict_need_not_be_those_of_the_modules(merging):
     torch.manual_seed(0)
     models = [nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(3)]
@@ -569,7 +589,7 @@ def test_any_module_is_merged_whichever_way_it_reads_its_weights(make):
             close(ours[0] if isinstance(ours, tuple) else ours, theirs[0] if isinstance(theirs, tuple) else theirs)
 
 
-@pytest.mark.parametrize("merging", [ada_merging, partial(ada_merging, layer_wise=False), concrete])
+@pytest.mark.parametrize("merging", [ada_merging, partial(ada_merging, layer_wise=False), concrete, ada_rank])
 def test_adapt_trains_lambda_or_the_mask_and_nothing_else(merging):
     torch.manual_seed(0)
     models = [Transformer() for _ in range(3)]
@@ -577,7 +597,8 @@ def test_adapt_trains_lambda_or_the_mask_and_nothing_else(merging):
     heads = {"a": nn.Linear(5, 3).requires_grad_(False), "b": lambda features: 5 * features[:, :4]}
     model = merging(models)
     ours = trained(model)
-    assert ({"lam"} if merging is not concrete else {"x"}) == {name.split(".")[0] for name in ours}
+    learned = {concrete: {"x"}, ada_rank: {"lam", "x"}}.get(merging, {"lam"})
+    assert {name.split(".")[0] for name in ours} == learned
     before = {name: p.clone() for name, p in model.named_parameters()}
     history = adapt(model, loaders, heads, steps=30, lr=0.1)
     assert sum(history[-3:]) < sum(history[:3])
@@ -625,7 +646,7 @@ def test_a_concrete_mask_starts_as_task_arithmetic_and_is_drawn_anew_in_training
     assert not torch.equal(model(x), model(x))
 
 
-@pytest.mark.parametrize("merging", [ada_merging, concrete])
+@pytest.mark.parametrize("merging", [ada_merging, concrete, ada_rank])
 def test_nothing_of_what_is_merged_is_changed(merging):
     models, x = layers(3), torch.randn(5, 4)
     vectors = vectors_of(models)
@@ -950,6 +971,212 @@ def test_an_ensemble_averages_logits_and_a_model_alone_decides_as_before():
     assert torch.equal((Ensemble(models[:1])(x) @ head).argmax(-1), (models[0](x) @ head).argmax(-1))
 
 
+# ---- By singular values: TSV-M, Iso, WUDI ----------------------------------------------------------------------------
+
+BY_MATRIX = {"TSV-M": tsv_merge, "Iso-C": iso_c, "Iso-CTS": iso_cts, "WUDI": partial(wudi, steps=20, lr=0.01)}
+every_rule = pytest.mark.parametrize("rule", BY_MATRIX.values(), ids=list(BY_MATRIX))
+
+
+def matrices(count: int, seed: int, *shape: int) -> list[dict[str, Tensor]]:
+    torch.manual_seed(seed)
+    return [{"w": torch.randn(*shape).double()} for _ in range(count)]
+
+
+@every_rule
+@properties
+@given(st.integers(1, 5), st.sampled_from([(6, 9), (9, 6), (4, 4)]), st.randoms(), seeds)
+def test_matrices_are_merged_in_any_order_and_all_else_is_averaged(rule, tasks, shape, random, seed):
+    taus = matrices(tasks, seed, *shape)
+    for tau in taus:
+        tau.update(bias=torch.randn(3), kernel=torch.randn(2, 3, 2, 2).half(), running_mean=torch.randn(()))
+    before, merged = copy.deepcopy(taus), rule(taus)
+    close(rule(dict(enumerate(random.sample(taus, tasks)))), merged, atol=1e-3)
+    same(taus, before)
+    for name in ("bias", "kernel", "running_mean"):
+        close(merged[name].float(), torch.stack([tau[name].float() for tau in taus]).mean(0), atol=1e-3)
+        assert merged[name].dtype == taus[0][name].dtype
+    assert merged["w"].dtype == torch.float64 and not merged["w"].requires_grad
+
+
+@pytest.mark.parametrize(
+    "rule", [tsv_merge, BY_MATRIX["WUDI"], partial(consensus, least=1), lambda taus: tall_masks(taus)[0]]
+)
+@properties
+@given(seeds)
+def test_a_task_alone_is_recovered_whatever_its_rank(rule, seed):
+    (tau,) = matrices(1, seed, 6, 4)
+    close(rule([tau])["w"], tau["w"], atol=1e-9)
+
+
+@pytest.mark.parametrize("rule, atol", [(tsv_merge, 1e-9), (partial(wudi, steps=20), 3e-4)])
+@properties
+@given(st.integers(1, 4), seeds)
+def test_tasks_that_share_no_direction_are_added_up(rule, atol, tasks, seed):
+    """As ranks are at most r/T, nothing is lost. (Adam makes its steps of 1e-5 where the gradient is rounding, too.)"""
+    (left, right), rank = (torch.linalg.qr(tau["w"]).Q for tau in matrices(2, seed, 8, 8)), 8 // tasks
+    blocks = [slice(t * rank, (t + 1) * rank) for t in range(tasks)]
+    taus = [{"w": left[:, block] @ torch.rand(rank).double().diag() @ right[:, block].T} for block in blocks]
+    close(rule(taus)["w"], sum(tau["w"] for tau in taus), atol=atol)
+
+
+@properties
+@given(st.integers(2, 4), st.sampled_from([(8, 12), (12, 8)]), seeds)
+def test_the_directions_of_tsv_merge_are_orthonormal_and_the_values_the_tasks_own(tasks, shape, seed):
+    taus = matrices(tasks, seed, *shape)
+    values = torch.cat([torch.linalg.svdvals(tau["w"])[: 8 // tasks] for tau in taus]).sort(descending=True).values
+    close(torch.linalg.svdvals(tsv_merge(taus)["w"])[: len(values)], values, atol=1e-9)
+
+
+@properties
+@given(st.integers(1, 4), seeds)
+def test_iso_keeps_directions_and_makes_all_singular_values_their_mean(tasks, seed):
+    taus = matrices(tasks, seed, 10, 12)
+    total = sum(tau["w"] for tau in taus)
+    u, s, v = torch.linalg.svd(total, full_matrices=False)
+    close(iso_c(taus)["w"], u @ v * s.mean(), atol=1e-9)
+    close(iso_cts(taus, common=1.0), iso_c(taus), atol=1e-9)
+    merged = iso_cts(taus, common=0.5)["w"]  # 5 of 10, or with 4 tasks 6: 10 - 4 · round(5 / 4)
+    values, common = torch.linalg.svdvals(merged), 10 - tasks * round(5 / tasks)
+    close(values, values.mean().expand(10), atol=1e-9)
+    own = [torch.linalg.svdvals(tau["w"] - u[:, :common] @ u[:, :common].T @ tau["w"]) for tau in taus]
+    close(values.mean(), torch.cat([s[:common], *(x[: round(5 / tasks)] for x in own)]).mean(), atol=1e-9)
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 3])
+def test_wudi_descends_to_the_least_squares_solution(tasks):
+    """Σ_t (τ - τ_t) G_t = 0 with G_t = τ_tᵀ τ_t / |τ_t|²: RegMean on the rows of the task vectors."""
+    taus = torch.stack([tau["w"] for tau in matrices(tasks, 0, 6, 3)])
+    grams = taus.mT @ taus / taus.square().sum((1, 2), keepdim=True)
+    merged = wudi([{"w": tau} for tau in taus], steps=1500, lr=1e-2)["w"]
+    close(merged, least_squares(taus, grams, alpha=1.0), atol=1e-3)
+
+
+def test_tall_masks_and_their_consensus_by_hand():
+    taus = [vector(4, 1, 0, 2), vector(1, 1, 3, -3)]  # the sum is 5, 2, 3, -1; without each 1, 1, 3, -3 and 4, 1, 0, 2
+    unified, masks = tall_masks(taus, 0.5)
+    same(unified, vector(5, 2, 3, -1))
+    assert list(map(flat, masks)) == [[True, True, False, True], [False, True, True, True]]
+    same(consensus(taus, 0.5), vector(0, 2, 0, -1))
+    same(consensus(taus, 0.5, least=1), unified)
+
+
+# ---- RegMean++ -------------------------------------------------------------------------------------------------------
+
+
+def test_regmean_plus_plus_is_least_squares_on_what_the_merged_blocks_give():
+    torch.manual_seed(0)
+    models = {t: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).double() for t in "ab"}
+    inputs = {t: torch.randn(20, 4).double() for t in "ab"}
+    merged = regmean_plus_plus(models, inputs, alpha=1.0, blocks=r"^\d$")
+    x = inputs
+    for block in "01":
+        thetas = torch.stack([model.get_parameter(f"{block}.weight") for model in models.values()])
+        bias = torch.stack([model.get_parameter(f"{block}.bias") for model in models.values()]).mean(0)
+        weight = least_squares(thetas, torch.stack([x[t].T @ x[t] / 20 for t in "ab"]), alpha=1.0)
+        close(merged[f"{block}.weight"], weight, atol=1e-6)
+        same(merged[f"{block}.bias"], bias)
+        x = {t: F.linear(x[t], weight, bias) for t in "ab"}
+    close(regmean_plus_plus({"a": models["a"]}, {"a": inputs["a"]}, blocks=r"^\d$"), models["a"].state_dict())
+    same(
+        regmean_plus_plus(models, inputs, blocks="none")["0.weight"],
+        (models["a"][0].weight + models["b"][0].weight) / 2,
+    )
+
+
+# ---- AdaRank ---------------------------------------------------------------------------------------------------------
+
+
+def test_adarank_starts_as_task_arithmetic_and_leaves_out_what_its_mask_does():
+    models, x = layers(3), torch.randn(5, 4)
+    model = ada_rank(models)
+    close(model.merged(), task_arithmetic(models[0], vectors_of(models), 0.3))
+    masked = vectors_of(models)
+    for name, i in model.names.items():
+        if str(i) in model.x:
+            model.x[str(i)].data[:, 1:] = -1e-3  # but the first
+            for tau in masked:
+                u, s, v = torch.linalg.svd(tau[name], full_matrices=False)
+                tau[name] = s[0] * u[:, :1] @ v[:1]
+    model.lam.data.uniform_(-1, 3)  # not clamped
+    with torch.no_grad():
+        merged = model.merged()
+        for row, name in enumerate(merged):
+            tau = sum(lam * tau[name] for lam, tau in zip(model.lam[row], masked))
+            close(merged[name], models[0].state_dict()[name] + tau)
+        close(model(x), with_entries(models[0], merged)(x))
+    model(x).square().sum().backward()
+    assert all(p.grad.any() for p in trained(model) and model.parameters() if p.requires_grad)
+
+
+# ---- Routed without training: SMILE, MASS ----------------------------------------------------------------------------
+
+
+def towers(tasks: int) -> tuple[nn.Module, list[nn.Module]]:
+    """Vision transformers that differ in their linear layers only, attention's too."""
+    torch.manual_seed(0)
+    pretrained = open_clip.transformer.VisionTransformer(8, 4, 8, 3, 2, 2, output_dim=4).eval().requires_grad_(False)
+    finetuned = [copy.deepcopy(pretrained) for _ in range(tasks)]
+    for model in finetuned:
+        for name, p in model.named_parameters():
+            if re.search(r"resblocks.*(attn|mlp).*(weight|bias)$", name):
+                p += 0.3 * torch.randn_like(p)
+    return pretrained, finetuned
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_smile_at_full_rank_is_the_expert_if_there_is_one_or_all_are_alike(copies):
+    (pretrained, (expert,)), x = towers(1), torch.randn(5, 3, 8, 8)
+    model = Smile(pretrained, {t: expert for t in range(copies)}, gate_rank=2, rank=99)
+    close(model(x), expert(x), atol=1e-4)
+    close(model.task_weights(x).sum(1), torch.ones(5))
+    assert not trained(model) and not model.choices
+
+
+def test_in_smile_each_token_has_the_expert_in_whose_directions_it_lies():
+    pretrained = nn.Linear(4, 2)
+    experts = [copy.deepcopy(pretrained) for _ in range(2)]
+    with torch.no_grad():
+        for t, expert in enumerate(experts):
+            expert.weight[:, 2 * t : 2 * t + 2] += torch.randn(2, 2)
+            expert.bias += 1 + t
+    tokens = torch.tensor([[1.0, 2, 0, 0.1], [0.1, 0, 1, 2]])  # of the first expert, and of the second
+    model = Smile(pretrained, experts, gate_rank=2, rank=2)
+    for x in (tokens, tokens.expand(3, 2, 4)):
+        close(model(x)[..., 0, :], experts[0](tokens[0]).expand_as(model(x)[..., 0, :]))
+        close(model(x)[..., 1, :], experts[1](tokens[1]).expand_as(model(x)[..., 1, :]))
+    close(model.task_weights(tokens.expand(3, 2, 4)), torch.full((3, 2), 0.5))
+    same(copy.deepcopy(model)(tokens), model(tokens))
+
+
+GATE = "transformer.resblocks.1.mlp.c_fc"
+
+
+def test_mass_of_one_task_recovers_it():
+    (pretrained, (expert,)), x = towers(1), torch.randn(5, 3, 8, 8)
+    close(Mass(pretrained, [expert], GATE)(x), expert(x), atol=1e-4)
+
+
+def test_mass_runs_each_sample_through_tsv_merge_of_the_tasks_it_has_weights_for():
+    (pretrained, finetuned), x = towers(4), torch.randn(9, 3, 8, 8)
+    model, merge = Mass(pretrained, finetuned, GATE), tsv_merge(vectors_of([pretrained, *finetuned]))
+    close(model.merged((0, 1, 2, 3)), task_arithmetic(pretrained, [merge], 1.0))
+    weights = model.task_weights(x)
+    kept = (weights > 0).sum(1)
+    assert kept.min() >= 1 and kept.max() <= 3 and len(kept.unique()) > 1
+    assert ((weights > 0.2) | (weights == 0) | (weights == weights.amax(1, keepdim=True))).all()
+    for one, lam, y in zip(x.split(1), weights, model(x)):
+        tasks = tuple(lam.nonzero().flatten().tolist())
+        close(with_entries(pretrained, model.merged(tasks))(one)[0], y, atol=1e-4)
+    assert len(model.kept) <= 6 and not trained(model)
+    close(copy.deepcopy(model)(x), model(x))
+
+
+def test_mass_prefers_the_task_in_whose_directions_a_token_lies():
+    model = Mass(nn.Sequential(nn.Linear(4, 4)), [nn.Sequential(nn.Linear(4, 4)) for _ in range(2)], "0")
+    inside = model.parts[0][2].detach()  # (T, 2, D)
+    close(model.task_weights(inside[:, :1]).argmax(1), torch.arange(2))  # a token each, in the span of its task
+
+
 # ---- Degenerate task vectors, and errors -----------------------------------------------------------------------------
 
 DEGENERATE = {
@@ -973,7 +1200,8 @@ def test_degenerate_task_vectors_give_finite_models(name, layer):
     unified, _, rescalers = emr(vectors)
     assert all(math.isfinite(value) for value in rescalers)
     merged = [ties(vectors), ties(vectors, merge="mean"), *trim_and_elect(vectors), unified, trim(vectors[0])]
-    for merging in (AdaMerging, ConcreteMask):
+    merged += [rule(vectors) for rule in (*BY_MATRIX.values(), consensus)]
+    for merging in (AdaMerging, ConcreteMask, AdaRank):
         merged.append(merging(pretrained, vectors).merged())
     for tau in merged:
         assert all(p.isfinite().all() for p in tau.values())
@@ -1007,6 +1235,9 @@ ERRORS = {
     "'b' is in a task vector alone": lambda: ties([vector(1.0), vector(1.0) | {"b": LINEAR.bias}]),
     r"'w' has shape \(2,\) in a task vector, but \(1,\)": lambda: emr([vector(1.0), vector(1.0, 2.0)]),
     "nothing to merge": lambda: ties([]),
+    "nothing to merge: at least one task": lambda: tsv_merge([]),
+    "models for .* but inputs or heads for": lambda: regmean_plus_plus({"a": LINEAR}, {}),
+    "rank of at least 1, got rank=-1": lambda: Smile(LINEAR, [LINEAR], rank=-1),
     "nothing to merge: at least one": lambda: AdaMerging(LINEAR, []),
     "up to 1, got keep=1.5": lambda: WEMoE(LINEAR, [LINEAR], Router(2, 1), layer=partial(SparseLinear, keep=1.5)),
     "up to 1, got keep=0.0": lambda: WEMoE(LINEAR, [LINEAR], Router(2, 1), layer=partial(SparseLinear, keep=0.0)),
@@ -1046,4 +1277,43 @@ def test_a_module_of_twin_merging_does_not_run_alone():
 
 def test_baselines_needs_nothing_but_torch_and_wemoe():
     imported = {value.__name__.split(".")[0] for value in vars(baselines).values() if isinstance(value, type(math))}
-    assert imported <= {"copy", "torch", "wemoe"}
+    assert imported <= {"copy", "re", "torch", "wemoe"}
+
+
+# ---- Where nobody tells the task of an image -------------------------------------------------------------------------
+
+
+class Answers(nn.Module):
+    """Features that are the input, and routing weights that are its first entries."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, 2:]
+
+    def task_weights(self, x: Tensor) -> Tensor:
+        return x[:, :2]
+
+
+def test_without_the_task_an_image_needs_the_right_head_and_the_right_class():
+    """Heads see features 0 and 1, or 2 and 3. The first task's four images, then the second's two."""
+    inputs = {
+        "a": [[0.9, 0.1, 5, 0, 1, 0], [0.1, 0.9, 5, 0, 1, 0], [0.9, 0, 1, 0, 5, 0], [0.9, 0.1, 0, 5, 1, 0]],
+        "b": [[0.1, 0.9, 1, 0, 0, 5], [0.9, 0, 1, 0, 0, 5]],
+    }
+    test = {task: (torch.tensor(x), torch.tensor([0] * 4 if task == "a" else [1] * 2)) for task, x in inputs.items()}
+    heads = {"a": 20 * torch.eye(4)[:, :2], "b": 20 * torch.eye(4)[:, 2:]}
+    options = dict(name="", seed=0, training=None, adaptation=None, pretrained=None, load=None, normalise=lambda x: x)
+    suite = Suite(device=torch.device("cpu"), precision="float32", heads=heads, test=test, **options)
+    suite.experts = {"a": Answers(), "b": Answers()}
+    expected = {
+        "entropy": {
+            "a": 50.0,
+            "b": 100.0,
+        },  # of the first task the third has the wrong head, the fourth the wrong class
+        "routing": {"a": 50.0, "b": 50.0},  # and here the second has the wrong head
+        "logit": {"a": 75.0, "b": 50.0},  # the other head's weight being zero, the third has the right one
+    }
+    assert evaluate_task_free(suite, Answers()) == expected
+    assert evaluate_task_free(suite, dict(suite.experts)) == {"entropy": expected["entropy"]}
+    model = upscale(nn.Sequential(nn.Linear(6, 4)), [nn.Sequential(nn.Linear(6, 4))] * 2, modules="0", router_depth=0)
+    assert evaluate_task_free(suite, model).keys() == expected.keys()
+    same(routed(model, test["a"][0])[1], torch.full((4, 2), 0.3))
