@@ -449,7 +449,7 @@ def first_choices(suite: Suite, model: nn.Module, count: int = 96) -> dict[str, 
     rows: dict[str, list[list[float]]] = {}
     for task in suite.tasks:
         with wemoe.routing_weights(model) as weights:
-            model(suite.images(suite.test[task][0][:count]))
+            model(suite.inputs(suite.test[task][0][:count]))
         for name, lam in weights.items():
             chosen = F.one_hot(lam.argmax(-1), lam.shape[-1]).float().mean(0)
             rows.setdefault(name, []).append([round(x, 6) for x in chosen.tolist()])
@@ -519,7 +519,7 @@ def landscape(suite: Suite, points: int = 11, count: int = 128) -> tuple[nn.Modu
         for second in grid:
             model.load_state_dict(wemoe.task_arithmetic(suite.pretrained, vectors, [first, second]))
             losses = [
-                F.cross_entropy(suite.logits(task)(model(suite.images(images))), labels.to(suite.device)).item()
+                F.cross_entropy(suite.logits(task)(model(suite.inputs(images))), labels.to(suite.device)).item()
                 for task, (images, labels) in test.items()
             ]
             rows[-1].append(round(statistics.mean(losses), 6))

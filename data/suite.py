@@ -245,7 +245,7 @@ def evaluate_task_free(suite: Suite, model: nn.Module | dict[str, nn.Module]) ->
         images, labels = suite.test[task]
         right = {}
         for batch in torch.arange(rank(), len(labels), world()).split(64):
-            x = suite.images(images[batch])
+            x = suite.inputs(images[batch])
             with precision(suite.device, suite.precision):
                 if isinstance(model, dict):
                     logits, lam = [suite.logits(t)(model[t].to(suite.device)(x)) for t in tasks], None
