@@ -388,7 +388,7 @@ class Experiment:
     conditions: Callable[[Suite, list[str]], list[Condition]]
     show: Callable[[Measured], Shown]
     methods: list[str]  # that it may run
-    minutes: int  # about what it takes in the miniature on 2 cores
+    minutes: int  # some, that it takes in the miniature on 2 cores: an estimate, by its methods' seconds
     paper: tuple[str, ...] = ()  # its numbers in the paper
     usual: list[str] | None = None  # that it runs unless told otherwise; None: all of them
     tasks: list[str] | None = None  # of the paper's suites; in the miniature, their counterparts
@@ -436,7 +436,7 @@ EXPERIMENTS = {
         experiments.generalization_conditions,
         experiments.show_generalization,
         ["Pre-trained", *SHIFTED],
-        10,
+        8,
         ("table4",),
         all_tasks=True,
     ),
@@ -490,7 +490,7 @@ EXPERIMENTS = {
         experiments.one_table,
         experiments.show_routing,
         ["WEMoE"],
-        2,
+        3,
         ("fig11", "fig12"),
     ),
     "vectors": Experiment(
@@ -523,7 +523,7 @@ EXPERIMENTS = {
         partial(experiments.corrupted_conditions, kinds=("impulse_noise",)),
         experiments.show_collapse,
         ["Task Arithmetic", "WEMoE", "WEMoE + diversity"],
-        15,
+        20,
         tasks=ROBUSTNESS_TASKS,
         splits=("impulse_noise",),
         seeds=5,
@@ -537,15 +537,16 @@ def run(arguments: argparse.Namespace) -> bool:
     for folder in (arguments.cached, output):
         folder.mkdir(parents=True, exist_ok=True)
     measured = measure(arguments, experiment) if experiment.needs_suite else None
-    shown = experiment.show(measured) if rank() == 0 else Shown()
+    if rank() > 0:  # the first process of a distributed run reports for all
+        return True
+    shown = experiment.show(measured)
     text = shown.text or report.tables(measured.conditions, measured.entries, experiment.details)
     text += f"\n{measured.suite.note}\n" if measured and measured.suite.note else ""
     results = results_of(arguments, measured, shown.claims)
-    if rank() == 0:
-        write(output / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
-        write(output / "table.md", lambda path: path.write_text(text))
-        for name, figure in shown.figures.items():
-            write(output / f"{name}.png", partial(report.save, figure))
+    write(output / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
+    write(output / "table.md", lambda path: path.write_text(text))
+    for name, figure in shown.figures.items():
+        write(output / f"{name}.png", partial(report.save, figure))
     say("\n" + text)
     suite = measured.suite if measured else None
     if suite and not (suite.published or suite.source) and suite.name != "miniature":

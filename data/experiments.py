@@ -460,7 +460,7 @@ def show_routing(measured: Measured) -> Shown:
     tasks, figures = measured.suite.tasks, {}
     (entry, *_) = measured.entries["main"]["WEMoE"]
     figures["routing"] = report.draw_routing(tasks, entry["routing"])
-    figures["first_choice"] = report.draw_routing(tasks, entry["first_choice"], "share of images: first choice", 1.0)
+    figures["first_choice"] = report.draw_routing(tasks, entry["first_choice"], "share of images: first choice", True)
     rows = [
         [name, number(100 * statistics.mean(shares[i] for i, shares in enumerate(matrix)))]
         for name, matrix in entry["first_choice"].items()

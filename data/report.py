@@ -152,16 +152,17 @@ def draw_routing(
     tasks: list[str],
     routing: dict[str, list[list[float]]],
     label: str = "mean routing weight λ",
-    limit: float | None = None,
+    shares: bool = False,
 ) -> Figure:
     """Heat maps, one for every routed module: to which expert do images of which task go?"""
     columns = min(6, len(routing))
     rows = -(-len(routing) // columns)
     size = (3.2 * columns + 1, 4 * rows + 1)
     figure, axes = panels(rows, columns, figsize=size, sharey=True)
-    limit = limit or max(abs(value) for rows in routing.values() for row in rows for value in row)
+    limit = max(abs(value) for rows in routing.values() for row in rows for value in row)
+    scale = {"cmap": "viridis", "vmin": 0, "vmax": 1} if shares else {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
     for axis, (name, matrix) in zip(axes.flat, routing.items()):
-        image = axis.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit)
+        image = axis.imshow(matrix, **scale)
         axis.set_title(name.removeprefix("transformer."), fontsize=9)
         axis.set_xticks(range(len(matrix[0])), tasks[: len(matrix[0])], rotation=90)
         axis.set_xlabel("task vector")
