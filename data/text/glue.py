@@ -104,9 +104,7 @@ def flan_t5_glue_suite(arguments: argparse.Namespace) -> Suite:
         answers = GLUE[task].answers or ["1", "5"]  # of a regression, a head that nobody asks
         first = [tokenizer.encode(text).ids[0] for text in answers]
         if len(set(first)) < len(first):
-            raise InputError(
-                f"{task}: {', '.join(answers)} begin with the same token, which has no entropy to minimise"
-            )
+            raise InputError(f"{task}: {', '.join(answers)} begin with the same token: there is no entropy to minimise")
         heads[task] = models.FirstAnswers(first)
 
     def load(task: str, split: str, count: int | None) -> tuple[Tensor, Tensor]:
