@@ -142,13 +142,7 @@ def tsv_merge(task_vectors: Vectors) -> State:
 
     θ_0 + α τ with α = 1. Tasks whose matrices have a rank of at most r/T and share no direction are added up.
     """
-
-    def rule(taus: Tensor) -> Tensor:
-        u, s, v = _svd(taus)
-        k = max(1, s.shape[1] // len(taus))
-        return _orthogonal_sum(u[..., :k], s[:, :k], v[:, :k])
-
-    return _by_matrix(task_vectors, rule)
+    return _by_matrix(task_vectors, lambda taus: _orthogonal_sum(*_first_triples(taus)))
 
 
 def iso_c(task_vectors: Vectors) -> State:
@@ -211,6 +205,13 @@ def _by_matrix(task_vectors: Vectors, rule: Callable[[Tensor], Tensor]) -> State
     for name, taus in _stacked(vectors):
         merged[name] = (rule(taus) if taus.dim() == 3 else taus.mean(0)).to(vectors[0][name].dtype)
     return merged
+
+
+def _first_triples(taus: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The first k = r/T singular triples of each task's matrix, at least one: (T, D_out, k), (T, k), (T, k, D_in)."""
+    u, s, v = _svd(taus)
+    k = max(1, s.shape[1] // len(taus))
+    return u[..., :k], s[:, :k], v[:, :k]
 
 
 def _orthogonal_sum(u: Tensor, s: Tensor, v: Tensor) -> Tensor:
@@ -517,35 +518,37 @@ class Smile(nn.Module):
     model. (Attention's packed query, key and value are one layer here.)
     """
 
-    def __init__(self, pretrained: nn.Module, finetuned: Vectors, gate_rank: int = 16, rank: int = 32):
+    def __init__(self, pretrained: nn.Module, finetuned: wemoe.Models, gate_rank: int = 16, rank: int = 32):
         super().__init__()
         self.model, self.gate_rank = copy.deepcopy(pretrained).requires_grad_(False), gate_rank
-        vectors = _members({t: wemoe.task_vector(pretrained, model) for t, model in enumerate(_members(finetuned))})
-        self.num_tasks, self.layers, self.experts, self.choices = len(vectors), [], nn.ModuleList(), {}
+        vectors = [wemoe.task_vector(pretrained, model) for model in _members(finetuned)]
+        self.num_tasks, self.experts = len(vectors), nn.ModuleList()
+        self.layers: list[tuple[str, bool]] = []  # the name of its matrix, whether its tokens are in the samples' order
+        self.choices: dict[int, Tensor] | None = None  # of each layer, (B, ..., T), while they are asked for
         for path, module in self.model.named_modules():
-            names = {"weight": "bias", "in_proj_weight": "in_proj_bias"}
-            for weight, bias in names.items() if isinstance(module, nn.Linear | nn.MultiheadAttention) else ():
-                if getattr(module, weight, None) is not None:
-                    name, bias = (f"{path}.{at}".lstrip(".") for at in (weight, bias))
-                    u, v = _factors(torch.stack([tau[name] for tau in vectors]), rank)
-                    expert = [u, v] + ([torch.stack([tau[bias] for tau in vectors])] if bias in vectors[0] else [])
-                    self.experts.append(nn.ParameterList(nn.Parameter(p, requires_grad=False) for p in expert))
-                    self.layers.append((name, type(module) is nn.Linear))  # attention's has tokens in another order
+            kind = "in_proj_" if isinstance(module, nn.MultiheadAttention) else ""
+            name, bias = (f"{path}.{kind}{of}".lstrip(".") for of in ("weight", "bias"))
+            if isinstance(module, nn.Linear | nn.MultiheadAttention) and name in vectors[0]:
+                factors = _factors(torch.stack([tau[name] for tau in vectors]), rank)
+                biases = [torch.stack([tau[bias] for tau in vectors])] if bias in vectors[0] else []
+                self.experts.append(nn.ParameterList(nn.Parameter(p, False) for p in (*factors, *biases)))
+                self.layers.append((name, type(module) is nn.Linear))  # attention puts its tokens in another order
 
     def forward(self, *args, **kwargs):
-        weights = {self.model.get_parameter(name): i for i, (name, _) in enumerate(self.layers)}
+        places = {self.model.get_parameter(name): i for i, (name, _) in enumerate(self.layers)}
 
         def routed(linear: Callable, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             y = linear(x, weight, bias)
-            if weight not in weights:
+            if weight not in places:
                 return y
-            u, v, *own_bias = self.experts[weights[weight]]  # (T, D_out, r), (T, r, D_in), (T, D_out)
+            u, v, *biases = self.experts[places[weight]]  # (T, D_out, r), (T, r, D_in), (T, D_out)
             h = linear(x, v.flatten(0, 1)).unflatten(-1, v.shape[:2])  # (..., T, r)
             energy = h[..., : self.gate_rank].square().sum(-1)
             choice = F.one_hot(energy.argmax(-1), self.num_tasks).to(h)  # (..., T)
-            self.choices[weights[weight]] = choice
+            if self.choices is not None:
+                self.choices[places[weight]] = choice
             y = y + linear((h * choice[..., None]).flatten(-2), u.movedim(1, 0).flatten(1))
-            return y + choice @ own_bias[0] if own_bias else y
+            return y + choice @ biases[0] if biases else y
 
         with _linear_by(routed):
             return self.model(*args, **kwargs)
@@ -553,9 +556,12 @@ class Smile(nn.Module):
     @torch.no_grad()
     def task_weights(self, batch: Batch) -> Tensor:
         """(B, T): how many of a sample's tokens have each expert, in the mean over layers."""
-        _run(self, batch)
-        choices = [self.choices.pop(i) for i, (_, in_order) in enumerate(self.layers) if in_order]
         self.choices = {}
+        try:
+            _run(self, batch)
+            choices = [self.choices[i] for i, (_, in_order) in enumerate(self.layers) if in_order]
+        finally:
+            self.choices = None
         return sum(choice.flatten(1, -2).mean(1) for choice in choices) / len(choices)
 
 
@@ -567,7 +573,9 @@ class Mass(nn.Module):
     tasks, and 0 unless above `threshold` and among the `most` highest. The second pass is that of the tasks left.
     """
 
-    def __init__(self, pretrained: nn.Module, finetuned: Vectors, layer: str, threshold: float = 0.2, most: int = 3):
+    def __init__(
+        self, pretrained: nn.Module, finetuned: wemoe.Models, layer: str, threshold: float = 0.2, most: int = 3
+    ):
         super().__init__()
         self.model, self.layer = copy.deepcopy(pretrained).requires_grad_(False), layer
         self.threshold, self.most, self.kept = threshold, most, {}
@@ -575,10 +583,8 @@ class Mass(nn.Module):
         self.num_tasks, self.names, self.parts = len(vectors), list(vectors[0]), nn.ParameterList()
         for name in self.names:
             taus = torch.stack([tau[name] for tau in vectors])
-            triples = _svd(taus) if taus.dim() == 3 else ()
-            k = max(1, triples[1].shape[1] // len(taus)) if triples else 0
-            parts = (triples[0][..., :k], triples[1][:, :k], triples[2][:, :k]) if triples else (taus,)
-            self.parts.append(nn.ParameterList(nn.Parameter(p.contiguous(), requires_grad=False) for p in parts))
+            parts = _first_triples(taus) if taus.dim() == 3 else [taus]
+            self.parts.append(nn.ParameterList(nn.Parameter(p.contiguous(), False) for p in parts))
 
     def merged(self, tasks: tuple[int, ...]) -> State:
         """θ_0 + τ of these tasks; the last six merges are kept."""

@@ -453,26 +453,15 @@ def test_lambda_is_clamped_to_the_unit_interval_in_use(training):
     assert outside.any() and not model.lam.grad[outside].any() and model.lam.grad[~outside].all()
 
 
+@pytest.mark.parametrize("layer_wise", [False, True])
 @properties
 @given(task_numbers, seeds)
-def test_taskwise_adamerging_is_a_constant_router_for_the_whole_model(tasks, seed):
-    torch.manual_seed(seed)
-    models, x = [randomised(Transformer(), 0.3) for _ in range(tasks + 1)], torch.randn(2, 4, 3)
-    merging = ada_merging(models, layer_wise=False)
-    mixture = upscale(models[0], models[1:], router_depth=0, modules=whole)
-    merging.lam.data.uniform_()
-    mixture.router.bias.data.copy_(merging.lam[0])
-    (y, dx, dlam), theirs = (output_and_gradients(model, x) for model in (merging, mixture))
-    for ours, other in zip((y, dx, dlam[0]), theirs, strict=True):
-        close(ours, other, atol=1e-3)
-
-
-@properties
-@given(task_numbers, seeds)
-def test_constant_routers_are_layerwise_adamerging_where_a_module_has_one_lambda(tasks, seed):
+def test_constant_routers_are_adamerging_of_the_whole_or_where_a_module_has_one_lambda(layer_wise, tasks, seed):
     models = layers(tasks + 1, seed)
-    merging, mixture = ada_merging(models), upscale(models[0], models[1:], router_depth=0, modules=leaves)
-    rows = [(0, 1), (2, 3), (4, 5), (6,), (7,), (8,)]  # the places of each module's parameters among all
+    merging = ada_merging(models, layer_wise=layer_wise)
+    mixture = upscale(models[0], models[1:], router_depth=0, modules=leaves if layer_wise else whole)
+    # The places of each module's parameters among all.
+    rows = [(0, 1), (2, 3), (4, 5), (6,), (7,), (8,)] if layer_wise else [(0,)]
     routers = [module.router for module in mixture.modules() if isinstance(module, WEMoE)]
     for router, places in zip(routers, rows, strict=True):
         router.bias.data.uniform_()
@@ -481,7 +470,7 @@ def test_constant_routers_are_layerwise_adamerging_where_a_module_has_one_lambda
     (y, dx, dlam), (expected, dx_, *dbias) = (output_and_gradients(model, x) for model in (merging, mixture))
     close(y, expected, atol=1e-4)
     close(dx, dx_, atol=1e-3)
-    for places, gradient in zip(rows, dbias):
+    for places, gradient in zip(rows, dbias, strict=True):
         close(dlam[list(places)].sum(0), gradient, atol=1e-3)
 
 
@@ -667,7 +656,7 @@ LAYERS = {
     "low rank": partial(LowRankLinear, rank=2),
 }
 drawn_layers = st.sampled_from(
-    [partial(SparseLinear, keep=keep) for keep in (0.05, 0.4, 1.0)] + [partial(LowRankLinear, rank=r) for r in (1, 3)]
+    [partial(SparseLinear, keep=k) for k in (0.05, 0.4, 1.0)] + [partial(LowRankLinear, rank=r) for r in (1, 3, 99)]
 )
 
 
@@ -702,19 +691,8 @@ def test_every_form_is_the_dense_module_of_its_own_task_vectors(kind, tasks, bat
             close(ours, theirs, atol=1e-3)
 
 
-@pytest.mark.parametrize("layer", [partial(SparseLinear, keep=1.0), *(partial(LowRankLinear, rank=r) for r in (4, 99))])
 @properties
-@given(kinds, task_numbers, seeds)
-def test_all_entries_and_the_full_rank_are_the_dense_module(layer, kind, tasks, seed):
-    pretrained, finetuned = family(kind, 4, tasks, seed)
-    router, x = randomised(Router(4, tasks)), torch.randn(3, 2, 4)
-    results = [output_and_gradients(WEMoE(pretrained, finetuned, router, layer=form), x) for form in (layer, None)]
-    for ours, theirs in zip(*results, strict=True):
-        close(ours, theirs, atol=1e-3)
-
-
-@properties
-@given(kinds, task_numbers, st.floats(0.01, 1), seeds)
+@given(kinds, task_numbers, st.sampled_from([0.01, 0.3, 0.7, 1.0]), seeds)
 def test_the_largest_entries_of_each_matrix_and_task_are_kept(kind, tasks, keep, seed):
     pretrained, finetuned = family(kind, 4, tasks, seed)
     module = WEMoE(pretrained, finetuned, Router(4, tasks), layer=partial(SparseLinear, keep=keep))
