@@ -64,18 +64,18 @@ from data.experiments import (
     Measured,
     Shown,
     deepest_mlps,
-    first_choices,
     landscape,
 )
 from data.files import InputError, Parser, alone, check_numbers, check_output, fingerprint, one_line, read_kept, write
 from data.miniature.corruptions import CORRUPTIONS
 from data.miniature.suite import COUNTERPARTS, miniature_suite
+from data.miniature.tasks import ALL_TASKS
 from data.paper.hub import ARCHITECTURES
 from data.paper.hub import TASKS as PAPER_TASKS
 from data.paper.published import ROBUSTNESS_TASKS, routed_modules, router_depths
 from data.paper.suite import paper_suite
 from data.processes import barrier, choose_device, each, progress, rank, say, world
-from data.suite import Suite, adapt, evaluate, fine_tune, mean, mean_routing_weights
+from data.suite import Suite, adapt, evaluate, evaluate_task_free, fine_tune, mean, routing
 from data.text.glue import GLUE, SENSELESS, flan_t5_glue_suite, roberta_glue_suite
 from data.text.miniature import TASKS as TEXT_TASKS
 from data.text.miniature import miniature_text_suite
@@ -173,15 +173,35 @@ def mixture(
     layer: Callable | None = None,
     shared: bool = False,
     modules: str | None = None,
+    elsewhere: Callable | None = None,
 ) -> Result:
-    """WEMoE with routers of this depth, adapted to the unlabelled test images."""
+    """WEMoE with routers of this depth, adapted to the unlabelled test images.
+
+    `elsewhere` makes one vector of all task vectors, for what is not routed; None: task arithmetic.
+    """
     settings = suite.adaptation
     options = {"router_depth": depth, "init_lambda": settings.init_lambda, "layer": layer, "modules": modules}
     model = wemoe.upscale(suite.pretrained, suite.experts, **options)
+    if elsewhere:
+        model.load_state_dict(not_routed(model, one_vector(suite, elsewhere)), strict=False)
     model = (baselines.share_router(model) if shared else model).to(suite.device)
     curve = adapt(model, steps=settings.steps, lr=settings.lr, objective=objective)
-    routing = {"routing": mean_routing_weights(suite, model), "first_choice": first_choices(suite, model)}
-    return model, {"adaptation": curve, **routing}
+    return model, {"adaptation": curve, **routing(suite, model)}
+
+
+def not_routed(model: nn.Module, merged: nn.Module) -> dict[str, Tensor]:
+    """The merged model's weights for what is not routed in the upscaled one, where names are the same."""
+    return {name: p for name, p in merged.state_dict().items() if name in model.state_dict()}
+
+
+def oracle_routing(suite: Suite, elsewhere: Callable | None = None) -> Result:
+    """For each task its own expert's MLPs, and all else merged: what routers could reach that know the task."""
+    upscaled = wemoe.upscale(suite.pretrained, suite.experts, router_depth=0)
+    models, merged = {}, one_vector(suite, elsewhere) if elsewhere else merge(suite, task_vectors(suite))
+    for task, expert in suite.experts.items():
+        models[task] = copy.deepcopy(expert)
+        models[task].load_state_dict(not_routed(upscaled, merged), strict=False)
+    return models
 
 
 def deepest_routed(suite: Suite, adapt: Callable, share: float) -> Result:
@@ -196,7 +216,7 @@ def unloaded(suite: Suite, adapt: Callable) -> Result:
 def twin_merging(suite: Suite) -> Result:
     inputs = samples(suite)
     model = baselines.twin_merging(suite.pretrained, suite.experts, inputs, features=suite.features).to(suite.device)
-    return model, {"routing": mean_routing_weights(suite, model)}
+    return model, {"routing": routing(suite, model)["routing"]}
 
 
 def fisher_merging(suite: Suite) -> Result:
@@ -325,16 +345,21 @@ METHODS[SEPARATELY] = Method(LEARNED, partial(mixture, depth=1, modules=r"\.(att
 METHODS[BLOCKS] = Method(LEARNED, partial(mixture, depth=1, modules=baselines.BLOCKS), 300)
 METHODS |= {name: Method(LEARNED, partial(deepest_routed, share=share), 90) for share, name in SHARES.items()}
 METHODS[UNLOADED] = Method(LEARNED, unloaded, 50)
+ON_TSV, ORACLE, ORACLE_ON_TSV = "WEMoE (TSV-M elsewhere)", "Oracle routing", "Oracle routing (TSV-M elsewhere)"
+METHODS[ON_TSV] = Method(LEARNED, partial(mixture, elsewhere=baselines.tsv_merge), 120)
+METHODS[ORACLE] = Method(GIVEN, oracle_routing, 6)
+METHODS[ORACLE_ON_TSV] = Method(GIVEN, partial(oracle_routing, elsewhere=baselines.tsv_merge), 12)
 METHODS[LANDSCAPE] = Method(STATIC, landscape, 60)
 
 
 def run_method(suite: Suite, name: str, key: str, cache: Path, change: dict) -> dict:
     """The method's entry in results.json, read from the cache if it is there; `change` is what suite.variant takes."""
-    method = METHODS[name]
+    method, task_free = METHODS[name], change.get("task_free", False)
+    change = {setting: value for setting, value in change.items() if setting != "task_free"}
     key = fingerprint(key, name, change, code_of(method.make), code_of(evaluate), code_of(adapt))
     folder = cache / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "result.json"
+    file = folder / ("task_free.json" if task_free else "result.json")  # with one adaptation for both
     barrier()
     if file.exists():
         return read_kept(file, lambda path: json.loads(path.read_text()))
@@ -367,6 +392,7 @@ def run_method(suite: Suite, name: str, key: str, cache: Path, change: dict) -> 
         "total_parameters": sum(p.numel() for p in parameters),
         "bytes": sum(map(model_bytes, models)),
         **record,
+        **({"task_free": evaluate_task_free(suite, model)} if task_free else {}),
     }
     if rank() == 0:
         write(file, lambda path: path.write_text(json.dumps(entry)))
@@ -393,6 +419,7 @@ class Experiment:
     usual: list[str] | None = None  # that it runs unless told otherwise; None: all of them
     tasks: list[str] | None = None  # of the paper's suites; in the miniature, their counterparts
     all_tasks: bool = False  # whether it needs all of them
+    more_tasks: bool = False  # whether it takes all that the miniature can draw, and not the first eight only
     splits: tuple[str, ...] = ()  # of the data sets, besides the test split
     seeds: int = 1
     steps: int | None = None  # of adaptation, in the miniature; None: as many as usual
@@ -517,6 +544,25 @@ EXPERIMENTS = {
         1,
         ("table8", "table1", "table9"),
         needs_suite=False,
+    ),
+    "taskfree": Experiment(
+        "accuracy where nobody tells the task of an image: the head is chosen, too",
+        experiments.task_free,
+        experiments.show_task_free,
+        MAIN,
+        6,
+        usual=["Task Arithmetic", "TSV-M", "AdaMerging (layer-wise)", "WEMoE", "SMILE", "MASS", "Individual"],
+    ),
+    "tasks": Experiment(
+        "accuracy against the number of tasks, and what limits it",
+        experiments.numbers_of_tasks,
+        experiments.show_numbers_of_tasks,
+        ["Task Arithmetic", "TSV-M", "AdaMerging (layer-wise)", "WEMoE (rank 16)", "WEMoE", ON_TSV, ORACLE]
+        + [ORACLE_ON_TSV, "Individual"],
+        12,
+        all_tasks=True,
+        more_tasks=True,
+        steps=80,
     ),
     "collapse": Experiment(
         "where minimising the entropy goes wrong, and its cure, over five seeds",
@@ -666,7 +712,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         raise InputError(f"--tasks is not for the experiment {parsed.experiment}, which has its own")
     if experiment.tasks:
         parsed.tasks = [task if paper else COUNTERPARTS[task] for task in experiment.tasks]
-    known = SUITES[parsed.suite][1]
+    known = list(ALL_TASKS) if experiment.more_tasks and parsed.suite == "miniature" else SUITES[parsed.suite][1]
     parsed.tasks = choose("task", parsed.tasks, known)
     parsed.whole = bool(experiment.tasks) or parsed.tasks == known  # as what is published
     if not paper and experiment.steps:

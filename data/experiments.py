@@ -443,19 +443,6 @@ def show_unload(measured: Measured) -> Shown:
 # ---- What routers do (Figures 11 and 12) -----------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def first_choices(suite: Suite, model: nn.Module, count: int = 96) -> dict[str, list[list[float]]]:
-    """Of every routed module: the share of images of each task (row) for which each expert's λ is the largest."""
-    rows: dict[str, list[list[float]]] = {}
-    for task in suite.tasks:
-        with wemoe.routing_weights(model) as weights:
-            model(suite.inputs(suite.test[task][0][:count]))
-        for name, lam in weights.items():
-            chosen = F.one_hot(lam.argmax(-1), lam.shape[-1]).float().mean(0)
-            rows.setdefault(name, []).append([round(x, 6) for x in chosen.tolist()])
-    return rows
-
-
 def show_routing(measured: Measured) -> Shown:
     tasks, figures = measured.suite.tasks, {}
     (entry, *_) = measured.entries["main"]["WEMoE"]
@@ -598,3 +585,52 @@ def rounds_to(value: int, printed: str) -> bool:
     digits = printed.rstrip("KMB")
     unit = {"K": 1e3, "M": 1e6, "B": 1e9}.get(printed[-1], 1)
     return f"{value / unit:.{len(digits.partition('.')[2])}f}" == digits
+
+
+# ---- Harder questions: nobody tells the task; more tasks -------------------------------------------------------------
+
+
+def task_free(suite: Suite, methods: list[str]) -> list[Condition]:
+    """All tasks as they are; the entries of methods tell, too, how often head and class are right together."""
+    return [replace(condition, change={"task_free": True}) for condition in one_table(suite, methods)]
+
+
+def show_task_free(measured: Measured) -> Shown:
+    """Accuracy with the head given, and with a head that is chosen by each of the rules of suite.evaluate_task_free."""
+    tasks, rules = measured.suite.tasks, {"entropy": "lowest entropy", "routing": "routing weights", "logit": "logit"}
+    groups: dict[str, dict[str, list[float]]] = {"head given": {}} | {text: {} for text in rules.values()}
+    for name, entries in measured.entries["main"].items():
+        groups["head given"][name] = report.averages(entries, tasks)
+        for rule, text in rules.items():
+            if rule in entries[0]["task_free"]:
+                chosen = [{"accuracy": entry["task_free"][rule]} for entry in entries]
+                groups[text][name] = report.averages(chosen, tasks)
+    rows = [[name, *(over_seeds(group.get(name)) for group in groups.values())] for name in groups["head given"]]
+    return Shown({"task_free": report.draw_conditions(groups)}, [], report.markdown(["Method", *groups], rows))
+
+
+def numbers_of_tasks(suite: Suite, methods: list[str]) -> list[Condition]:
+    counts = [count for count in (4, 8, 16) if count <= len(suite.tasks)]
+    parts = {f"{count} tasks": tuple(suite.tasks[:count]) for count in counts}
+    return [Condition(name, methods, {"tasks": part}, {"Average": list(part)}) for name, part in parts.items()]
+
+
+def show_numbers_of_tasks(measured: Measured) -> Shown:
+    """Accuracy against the number of tasks that are merged."""
+    lines: dict[str, dict[float, float]] = {}
+    cells: dict[str, list[str]] = {}
+    for condition in measured.conditions:
+        tasks = condition.columns["Average"]
+        for name, entries in measured.entries[condition.name].items():
+            values = report.averages(entries, tasks)
+            lines.setdefault(name, {})[len(tasks)] = statistics.mean(values)
+            cells.setdefault(name, []).append(over_seeds(values))
+    text = report.markdown(["Method", *(c.name for c in measured.conditions)], [[n, *row] for n, row in cells.items()])
+    return Shown({"tasks": report.draw_lines({"number of tasks": lines})}, [], text)
+
+
+def over_seeds(values: list[float] | None) -> str:
+    """Mean ± standard deviation, of several."""
+    if not values:
+        return ""
+    return number(statistics.mean(values)) + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")

@@ -108,12 +108,16 @@ class Suite:
         settings = self.name, self.seed, self.device.type, self.precision, self.adaptation, self.scalings
         return fingerprint(*settings, self.tasks, sizes, torch.__version__, *models, *heads, *tests, *code)
 
-    def variant(self, experts: tuple[str, ...] = (), split: str = "test", **adaptation) -> "Suite":
-        """The same with fewer experts, other test images (a corruption's name) or other settings of adaptation."""
+    def variant(
+        self, experts: tuple[str, ...] = (), split: str = "test", tasks: tuple[str, ...] = (), **adaptation
+    ) -> "Suite":
+        """The same with fewer experts or tasks, other test images (a corruption's name) or settings of adaptation."""
+        tasks = tasks or tuple(self.tasks)
         return replace(
             self,
-            experts={task: expert for task, expert in self.experts.items() if not experts or task in experts},
-            test=self.test if split == "test" else {task: self.load(task, split, None) for task in self.tasks},
+            heads={task: self.heads[task] for task in tasks},
+            experts={task: self.experts[task] for task in self.experts if task in (experts or tasks)},
+            test={task: self.test[task] if split == "test" else self.load(task, split, None) for task in tasks},
             adaptation=replace(self.adaptation, **adaptation),
         )
 
@@ -366,12 +370,17 @@ class Unlabelled:
 
 
 @torch.no_grad()
-def mean_routing_weights(suite: Suite, model: nn.Module, count: int = 96) -> dict[str, list[list[float]]]:
-    """Of every routed module: the mean routing weights of images of each task (row) for each expert (column)."""
-    rows = {}
+def routing(suite: Suite, model: nn.Module, count: int = 96) -> dict[str, dict[str, list[list[float]]]]:
+    """Of every routed module, by images of each task (row) and expert (column): mean λ, how often it is the largest.
+
+    {"routing": module -> rows, "first_choice": module -> rows}, the latter as shares of the images.
+    """
+    found: dict[str, dict] = {"routing": {}, "first_choice": {}}
     for task in suite.tasks:
         with wemoe.routing_weights(model) as weights:
             run(model, suite.inputs(suite.test[task][0][:count]))
         for name, lam in weights.items():
-            rows.setdefault(name, []).append([round(x, 6) for x in lam.mean(0).tolist()])
-    return rows
+            chosen = F.one_hot(lam.argmax(-1), lam.shape[-1]).float()
+            for what, values in (("routing", lam), ("first_choice", chosen)):
+                found[what].setdefault(name, []).append([round(x, 6) for x in values.mean(0).tolist()])
+    return found
