@@ -240,9 +240,9 @@ def evaluate(suite: Suite, model: nn.Module | dict[str, nn.Module], test: dict |
 def evaluate_task_free(suite: Suite, model: nn.Module | dict[str, nn.Module]) -> dict[str, dict[str, float]]:
     """Accuracy in percent where nobody tells the task of an image: rule -> task -> images given head and class rightly.
 
-    The rule chooses the head, among those of the experts' tasks: "entropy", the one whose prediction is most certain;
-    where the model routes, too, "routing", that of the largest routing weight, and "logit" (MASS's), that of the
-    largest logit among those of positive weight. With a model for each task, its own features are what a head sees.
+    The rule chooses the head, among those of the experts' tasks: "entropy", the one whose prediction is most certain,
+    "logit", that of the largest logit; and where the model routes, "routing", that of the largest routing weight, and
+    heads of weight zero are not asked for their logits (so MASS). With a model for each task, each head sees its own's.
     """
     tasks, accuracy = list(suite.experts), {}
     for own, task in enumerate(tasks):
@@ -257,9 +257,10 @@ def evaluate_task_free(suite: Suite, model: nn.Module | dict[str, nn.Module]) ->
                     features, lam = routed(model.to(suite.device), x)
                     logits = [suite.logits(t)(features) for t in tasks]
             heads = {"entropy": torch.stack([wemoe.entropy(of_head) for of_head in logits], 1).argmin(1)}  # (B,)
+            highest = torch.stack([of_head.amax(1) for of_head in logits], 1)
             if lam is not None:
-                highest = torch.stack([of_head.amax(1) for of_head in logits], 1)
-                heads |= {"routing": lam.argmax(1), "logit": highest.masked_fill(lam <= 0, -math.inf).argmax(1)}
+                heads["routing"], highest = lam.argmax(1), highest.masked_fill(lam <= 0, -math.inf)
+            heads["logit"] = highest.argmax(1)
             correct = logits[own].argmax(1) == labels[batch].to(suite.device)
             for rule, head in heads.items():
                 right[rule] = right.get(rule, 0) + ((head == own) & correct).sum()

@@ -1261,11 +1261,15 @@ def test_baselines_needs_nothing_but_torch_and_wemoe():
 # ---- Where nobody tells the task of an image -------------------------------------------------------------------------
 
 
-class Answers(nn.Module):
-    """Features that are the input, and routing weights that are its first entries."""
+class Part(nn.Module):
+    """Features that are what the input has beyond its first entries."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x[:, 2:]
+
+
+class Answers(Part):
+    """With routing weights, which are the first entries."""
 
     def task_weights(self, x: Tensor) -> Tensor:
         return x[:, :2]
@@ -1291,7 +1295,8 @@ def test_without_the_task_an_image_needs_the_right_head_and_the_right_class():
         "logit": {"a": 75.0, "b": 50.0},  # the other head's weight being zero, the third has the right one
     }
     assert evaluate_task_free(suite, Answers()) == expected
-    assert evaluate_task_free(suite, dict(suite.experts)) == {"entropy": expected["entropy"]}
+    apart = evaluate_task_free(suite, {task: Part() for task in "ab"})  # no routing
+    assert apart == {"entropy": expected["entropy"], "logit": expected["entropy"]}
     model = upscale(nn.Sequential(nn.Linear(6, 4)), [nn.Sequential(nn.Linear(6, 4))] * 2, modules="0", router_depth=0)
     assert evaluate_task_free(suite, model).keys() == expected.keys()
     same(routed(model, test["a"][0])[1], torch.full((4, 2), 0.3))
