@@ -27,6 +27,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
@@ -127,7 +128,7 @@ def without_timings(results: dict) -> dict:
 
 def test_results_are_those_of_the_contract(small, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(report, "save", partial(Figure.savefig, dpi=20, format="png"))
-    status, results = small("--methods", "all")
+    status, results = small("--methods", "all", "--steps", "1")
     assert status == (0 if all(claim["holds"] for claim in results["claims"]) else 1)
     assert {"suite": "miniature", "seed": 0, "tasks": ["Signs", "Digits"]}.items() <= results.items()
     assert results["device"] in ("cpu", "cuda") and results["versions"]["torch"] == torch.__version__
@@ -352,6 +353,21 @@ def test_lengths_and_angles_of_task_vectors(model):
         (row,) = [line for line in text.splitlines() if line.startswith("| mlp, 1")]
         _, found, cosine = (cell.strip() for cell in row.split("|")[1:-1])
         assert float(found) == pytest.approx(length, rel=1e-3) and float(cosine) == pytest.approx(np.sign(factor))
+
+
+def test_the_loss_over_two_coefficients_is_that_of_the_merged_model():
+    """At (0, 0) it is θ_0's, at (1, 0) the first expert's, at (0, 1) the second's: the first counts the rows."""
+    torch.manual_seed(0)
+    pretrained, *experts = (nn.Linear(4, 3).requires_grad_(False) for _ in range(3))
+    test = {task: (torch.randn(5, 4), torch.randint(3, (5,))) for task in "ab"}
+    suite = SimpleNamespace(
+        pretrained=pretrained, experts=dict(zip("ab", experts)), test=test, device=torch.device("cpu"),
+        images=lambda images: images, logits=lambda task: lambda features: features,
+    )  # fmt: skip
+    _, found = experiments.landscape(suite, points=3, count=5)
+    assert found["grid"] == [-1, 0, 1]
+    for model, loss in zip((pretrained, *experts), (found["loss"][1][1], found["loss"][2][1], found["loss"][1][2])):
+        assert loss == pytest.approx(np.mean([F.cross_entropy(model(x), y) for x, y in test.values()]), abs=1e-5)
 
 
 def entries(**accuracy: float) -> list[dict]:
