@@ -157,8 +157,8 @@ class Encoder(nn.Module):
 # ---- Pre-training, and the suite -------------------------------------------------------------------------------------
 
 SIZES = {"web": 10000, "train": 2000, "test": 400}  # of each task
-STEPS, BATCH = 1000, 24  # of pre-training; a batch has as many sentences of each task
-MISTAKEN = (0.1, 0.6)  # how often an answer is taken for its neighbour in pre-training: drawn for each, from this range
+STEPS, BATCH = 1500, 32  # of pre-training; a batch has as many sentences of each task
+MISTAKEN = (0.1, 0.5)  # how often an answer is taken for its neighbour in pre-training: drawn for each, from this range
 TRAINING = Training(images=SIZES["train"], steps=200, lr=3e-3)
 ADAPTATION = Adaptation(
     steps=200, lr=2e-3, lambda_lr=1.6e-2, lambda_steps=150, mask_lr=3e-2, mask_steps=80, batch_size=16, evaluations=5
