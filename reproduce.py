@@ -595,8 +595,7 @@ def run(arguments: argparse.Namespace) -> bool:
     for name, figure in shown.figures.items():
         write(output / f"{name}.png", partial(report.save, figure))
     say("\n" + text)
-    suite = measured.suite if measured else None
-    if suite and not (suite.published or suite.source) and suite.name != "miniature":
+    if measured is not None and not measured.suite.published and arguments.suite not in MINIATURES:
         say("Fewer tasks or images than published, or another model: no comparison with published figures.")
     for entry in shown.claims:
         say(f"{'✓' if entry['holds'] else '✗'} {entry['claim']}: {entry['detail']}")
@@ -718,7 +717,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parsed.whole = bool(experiment.tasks) or parsed.tasks == known  # as what is published
     if not paper and experiment.steps:
         parsed.steps = parsed.steps or experiment.steps
-    methods = [name for name in experiment.methods if not (glue and name in SENSELESS)]
+    senseless = (SENSELESS if glue else ()) + (("MASS",) if parsed.suite in TEXTS else ())  # of which routes by images
+    methods = [name for name in experiment.methods if name not in senseless]
     usual = experiment.usual if experiment.usual and not paper else methods
     usual = [name for name in methods if name in usual]
     usual = [name for name in usual if not (paper and METHODS[name].needs_training_images)]

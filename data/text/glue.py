@@ -7,12 +7,12 @@ imported only when one of these suites is made. What cannot be used is refused w
 import argparse
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -103,7 +103,7 @@ def flan_t5_glue_suite(arguments: argparse.Namespace) -> Suite:
     for task in tasks:
         answers = GLUE[task].answers or ["1", "5"]  # of a regression, a head that nobody asks
         first = [tokenizer.encode(text).ids[0] for text in answers]
-        if len(set(first)) < len(first):
+        if task not in REGRESSIONS and len(set(first)) < len(first):
             raise InputError(f"{task}: {', '.join(answers)} begin with the same token: there is no entropy to minimise")
         heads[task] = models.FirstAnswers(first)
 
@@ -195,7 +195,7 @@ def weights_in(repo: Repository, folder: str = "") -> str:
     found = [f for f in repo.sizes if f.startswith(folder) and Path(f).name in hub.WEIGHT_FILES]
     if not found:
         have = some(file for file in repo.sizes if file.startswith(folder))
-        where = f"{repo.folder or repo.name}{folder and ' in ' + folder}"
+        where = f"{repo.where}{folder and ' in ' + folder}"
         raise InputError(f"{where} has no {' or '.join(hub.WEIGHT_FILES)}; it has: {have}")
     return min(found, key=lambda file: (file.count("/"), hub.WEIGHT_FILES.index(Path(file).name)))
 
@@ -212,11 +212,11 @@ def announce(arguments: argparse.Namespace, base: Repository, experts: list[tupl
         for split in ("test", *arguments.splits):
             repo, files = shards(arguments, task, split)
             needed += [(repo, file) for file in files]
-    folder = Path(huggingface_hub.constants.HF_HUB_CACHE)
-    items = [hub.Item(f, repo.sizes.get(f, 0), repo.on_disk(f) is not None, folder) for repo, f in needed]
-    missing = sum(item.bytes for item in items if not item.present)
-    say(f"{arguments.suite}: {missing / 1e9:.1f} GB to download")
-    hub.check_space(items)
+    size: Counter[str] = Counter()
+    for repo, file in needed:
+        size["present" if repo.on_disk(file) else "download"] += repo.sizes.get(file, 0)
+    say(f"{arguments.suite}: {size['download'] / 1e9:.1f} GB to download")
+    hub.check_space(size, arguments.cache)
 
 
 def read_examples(arguments: argparse.Namespace, task: str, split: str, count: int | None) -> list[dict]:
@@ -237,7 +237,7 @@ def read_examples(arguments: argparse.Namespace, task: str, split: str, count: i
             wanted = f"texts {columns} and a label" + (f" from 0 to {len(classes) - 1}" if classes else "")
             raise InputError(f"{task}: example {index} of the split {split} is {example}; needed are {wanted}")
     if not examples:
-        raise InputError(f"{task}: the split {split} in {repo.folder or repo.name} has no examples")
+        raise InputError(f"{task}: the split {split} in {repo.where} has no examples")
     return examples[:count]
 
 

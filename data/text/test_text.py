@@ -217,7 +217,7 @@ def test_the_miniature_runs_every_method(monkeypatch, tmp_path, capsys):
     arguments = ["--methods", "all", "--tasks", "Gifts", "Dates", "--steps", "2", "--workers", "1"]
     assert reproduce.main(["miniature-text", *arguments, "--output", str(tmp_path)]) in (0, 1)
     results = json.loads((tmp_path / "miniature-text" / "results.json").read_text())
-    assert [method["name"] for method in results["methods"]] == reproduce.MAIN
+    assert [method["name"] for method in results["methods"]] == [name for name in reproduce.MAIN if name != "MASS"]
     assert results["claims"] and "published" not in capsys.readouterr().out
 
 
@@ -413,7 +413,7 @@ def test_a_safetensors_file_in_the_folder_itself_comes_first(mirror, tmp_path):
     for name in ("cola/checkpoint-9/model.safetensors", "cola/pytorch_model.bin", "cola/model.safetensors"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         save_file({"a": torch.zeros(1)}, tmp_path / name)
-        found = glue.weights_in(glue.Repository("x", "model", glue.hub.files_in(tmp_path), tmp_path), "cola/")
+        found = glue.weights_in(glue.Repository("x", "model", tmp_path, glue.hub.files_in(tmp_path)), "cola/")
         assert found == name
     with pytest.raises(InputError, match="in mnli/ has no model.safetensors or pytorch_model.bin"):
-        glue.weights_in(glue.Repository("x", "model", glue.hub.files_in(tmp_path), tmp_path), "mnli/")
+        glue.weights_in(glue.Repository("x", "model", tmp_path, glue.hub.files_in(tmp_path)), "mnli/")
