@@ -639,6 +639,16 @@ def test_an_empty_batch_stays_empty(kind, depth):
     assert WEMoE(pretrained, finetuned, Router(4, 2, depth))(x).shape == pretrained(x).shape
 
 
+def test_a_router_may_return_its_own_parameter():
+    class Bare(Fixed):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lam
+
+    models = family("plain", 4, 2)
+    modules = [WEMoE(*models, kind(LAM.clone())) for kind in (Fixed, Bare)]
+    close(*([y := module(X), *gradients(y, module)] for module in modules))
+
+
 def test_parts_keep_their_own_training_mode():
     models = [nn.Sequential(nn.Linear(4, 4), nn.Dropout(1.0).eval()) for _ in range(2)]
     close(

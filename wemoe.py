@@ -281,7 +281,7 @@ def _copied(module: nn.Module, lam: Tensor, copies: dict[nn.Module, nn.Module]) 
         used._modules = {n: None if part is None else _copied(part, lam, copies) for n, part in module._modules.items()}
         used._parameters, used._buffers = module._parameters.copy(), module._buffers.copy()
         if isinstance(used, MergedLayer):
-            used.lam, used.ran = lam, False
+            vars(used).update(lam=lam, ran=False)  # λ may be a parameter, which setattr would register
     return copies[module]
 
 
