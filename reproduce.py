@@ -561,7 +561,6 @@ EXPERIMENTS = {
         ["Task Arithmetic", "TSV-M", "AdaMerging (layer-wise)", "WEMoE (rank 16)", "WEMoE", ON_TSV, ORACLE]
         + [ORACLE_ON_TSV, "Individual"],
         12,
-        all_tasks=True,
         more_tasks=True,
         steps=80,
     ),

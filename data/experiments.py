@@ -610,7 +610,7 @@ def show_task_free(measured: Measured) -> Shown:
 
 
 def numbers_of_tasks(suite: Suite, methods: list[str]) -> list[Condition]:
-    counts = [count for count in (4, 8, 16) if count <= len(suite.tasks)]
+    counts = [*(count for count in (4, 8) if count < len(suite.tasks)), len(suite.tasks)]
     parts = {f"{count} tasks": tuple(suite.tasks[:count]) for count in counts}
     return [Condition(name, methods, {"tasks": part}, {"Average": list(part)}) for name, part in parts.items()]
 

@@ -214,6 +214,8 @@ SHORT = {  # experiment -> methods, number of conditions, figures
     "vectors": (None, 0, {"vectors"}),
     "landscape": (None, 1, {"landscape"}),
     "collapse": (["Task Arithmetic", "WEMoE + diversity"], 2, {"collapse", "tasks"}),
+    "taskfree": (["Task Arithmetic", "WEMoE", "Individual"], 1, {"task_free"}),
+    "tasks": (["Task Arithmetic", "WEMoE (TSV-M elsewhere)", "Oracle routing (TSV-M elsewhere)"], 1, {"tasks"}),
 }
 
 
