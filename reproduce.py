@@ -357,7 +357,8 @@ def run_method(suite: Suite, name: str, key: str, cache: Path, change: dict) -> 
     """The method's entry in results.json, read from the cache if it is there; `change` is what suite.variant takes."""
     method, task_free = METHODS[name], change.get("task_free", False)
     change = {setting: value for setting, value in change.items() if setting != "task_free"}
-    key = fingerprint(key, name, change, code_of(method.make), code_of(evaluate), code_of(adapt))
+    scalings = suite.scalings if method.group == STATIC else ()  # others try none
+    key = fingerprint(key, name, change, scalings, code_of(method.make), code_of(evaluate), code_of(adapt))
     folder = cache / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / ("task_free.json" if task_free else "result.json")  # with one adaptation for both

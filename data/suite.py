@@ -97,7 +97,7 @@ class Suite:
 
     @property
     def key(self) -> str:
-        """Names everything that a method's result depends on, but for the method itself."""
+        """Names everything that a method's result depends on, but for the method itself and the λ that it tries."""
         models = [value.numpy() for m in (self.pretrained, *self.experts.values()) for value in m.state_dict().values()]
         heads = [h.state_dict() if isinstance(h, nn.Module) else h for h in self.heads.values()]
         heads = [value.cpu().numpy() for value in tree_leaves(heads)]
@@ -105,7 +105,7 @@ class Suite:
         tests = [p.contiguous().numpy() for x, y in some for p in tree_leaves((self.normalise(x), y))]
         sizes = [len(labels) for _, labels in self.test.values()]
         code = [code_of(function) for function in (*self.metrics.values(), self.answer, self.features) if function]
-        settings = self.name, self.seed, self.device.type, self.precision, self.adaptation, self.scalings
+        settings = self.name, self.seed, self.device.type, self.precision, self.adaptation
         return fingerprint(*settings, self.tasks, sizes, torch.__version__, *models, *heads, *tests, *code)
 
     def variant(
