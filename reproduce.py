@@ -354,7 +354,10 @@ METHODS[LANDSCAPE] = Method(STATIC, landscape, 60)
 
 
 def run_method(suite: Suite, name: str, key: str, cache: Path, change: dict) -> dict:
-    """The method's entry in results.json, read from the cache if it is there; `change` is what suite.variant takes."""
+    """The method's entry in results.json, read from the cache if it is there.
+
+    `change` is what suite.variant takes, and `task_free`: whether the accuracy without the task is measured, too.
+    """
     method, task_free = METHODS[name], change.get("task_free", False)
     change = {setting: value for setting, value in change.items() if setting != "task_free"}
     scalings = suite.scalings if method.group == STATIC else ()  # others try none

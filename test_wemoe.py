@@ -1282,6 +1282,7 @@ def test_constant_routers_are_merged_for_good(kind, tasks, seed):
     before, plain = copy.deepcopy(module.state_dict()), unload(module)
     assert [type(part) for part in plain.modules()] == [type(part) for part in pretrained.modules()]
     assert plain.state_dict().keys() == pretrained.state_dict().keys()
+    assert not any(isinstance(p, nn.Parameter) for p in plain.buffers())
     assert [len(part._forward_hooks) for part in plain.modules()] == [1 for _ in pretrained.modules()]
     close(plain(X), module(X), atol=1e-4)
     same(module.state_dict(), before)
@@ -1543,6 +1544,7 @@ REFUSED = {  # what: (how, a part of the sentence)
        for name in ("q.lora_A.default.weight", "base_model.model.q.lora_A.weight", "q.lora_embedding_A.default",  # peft
                     "q.lora_a.weight", "lora_unet_q.lora_down.weight", "q.lora_B.weight", "q.lora_up.weight",
                     "q.lora.down.weight", "q.lora_linear_layer.down.weight", "q.hada_w1_a", "q.lokr_w1_a")},
+    "another A": (lambda: task_vector(*pair("A", torch.tensor(1.0), torch.ones(1))), "'A' has shape"),
     "factors A and B": (lambda: task_vector(*[{"A": torch.ones(1, 4), "B": torch.ones(4, 1)}] * 2), "low-rank"),
     "a tie that was cut": (cut_tie, "are tied in the pre-trained, not in the fine-tuned model"),
     "a factor for each": (lambda: task_arithmetic(LINEAR, [STATE], [0.1, 0.2]), "2 scaling factors for 1 task"),

@@ -126,8 +126,9 @@ class WEMoE(nn.Module):
               └────────────────────────────────────► the module, made of these layers ──► its output
 
     `pretrained` is any module whose first input is a tensor (B, ..., D), `finetuned` T modules of the same structure or
-    their state dicts, `router` maps that input to λ and alone is trainable. `layer` takes the place of linear layers;
-    with MergedLayer, the module is not taken apart: for one in which what a layer sees are not the samples' rows.
+    their state dicts, `router` maps that input to λ and alone is trainable. `layer` is what linear layers become, a
+    MergedLinear unless told otherwise; with MergedLayer the module is not taken apart but merged as a whole, sample by
+    sample: for modules whose layers see something else than one row for each sample.
     Attributes: `router`, and `pretrained`, the module with merged layers in it.
     Raises ValueError if the modules differ in structure or in number from the routing weights, or if a module cannot
     run with weights from outside.
@@ -193,8 +194,9 @@ class WEMoE(nn.Module):
 class MergedLayer(nn.Module):
     """Any layer, with weights of its own for each sample: the equation word for word, one sample after another.
 
-    `tau` gives τ (T, *shape) for the tensors of the layer. Merged weights are not kept for the backward pass but merged
-    again, so that memory never holds B sets of them.
+    `tau` gives τ (T, *shape) for the tensors of the layer; λ (B, T) comes with the copy that WEMoE makes of it for one
+    pass (`_copied`). Merged weights are not kept for the backward pass but merged again, so that memory never holds B
+    sets of them.
     """
 
     def __init__(self, layer: nn.Module, tau: Mapping[Tensor, Tensor]):
@@ -254,7 +256,8 @@ class MergedLayer(nn.Module):
 
     def unloaded(self, lam: Tensor) -> nn.Module:
         """The layer itself, merged for good with λ (T,)."""
-        weights = {name: nn.Parameter(p, requires_grad=False) for name, p in self.weights(lam).items()}
+        weights, parameters = self.weights(lam), dict(self.layer.named_parameters(remove_duplicate=False))
+        weights.update({n: nn.Parameter(p, requires_grad=False) for n, p in weights.items() if n in parameters})
         return _with_weights(self.layer, weights)
 
     def __getattr__(self, name: str):
@@ -266,7 +269,7 @@ class MergedLayer(nn.Module):
         return value.new_full((), math.nan).expand_as(value) if _is_weight(value) and "lam" in vars(self) else value
 
 
-_MADE_OF = "_modules", "_parameters", "_buffers", "training"  # all else that a module has, it has kept
+_MADE_OF = "_modules", "_parameters", "_buffers", "training"  # a module's other attributes are what it has kept
 
 
 def _copied(module: nn.Module, lam: Tensor, copies: dict[nn.Module, nn.Module]) -> nn.Module:
@@ -286,7 +289,7 @@ def _copied(module: nn.Module, lam: Tensor, copies: dict[nn.Module, nn.Module]) 
 
 
 def _with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """The module with these tensors in place of its own: not in them, for a tied one has other places."""
+    """The module, with these tensors put in the places of its own (whose numbers stay: a tied one has other places)."""
     for name, p in weights.items():
         path, _, entry = name.rpartition(".")
         part = module.get_submodule(path)
@@ -330,7 +333,7 @@ def upscale(
     upscaled.load_state_dict(merged)
     routed: dict[nn.Module, WEMoE] = {}  # a module that the model holds under two names stays one module
     for name in _selected(pretrained, modules):
-        module, place = pretrained.get_submodule(name), upscaled.get_submodule(name)
+        module, place = pretrained.get_submodule(name), upscaled.get_submodule(name)  # with θ_0; where it is routed
         if place not in routed:
             router = Router(_hidden_size(name, module) if router_depth else 0, len(models), router_depth, init_lambda)
             weight = next(p for p in _state(module).values() if _is_weight(p))
@@ -684,7 +687,8 @@ def _wrong(key: str, theta_0: Mapping, theta_t: Mapping, what: str, first: Mappi
         like = next((k for k in (theta_0 if p is None else theta_t) if k.endswith(key) or key.endswith(k)), None)
         hint = f", {like!r} in the other: strip the prefix" if like else ""
         return None if _is_index(alone) else f"is in {where} alone{hint}"
-    if re.search(r"(^|[._])(lora|hada|lokr)[._]", key) or (key == "A" and p.shape[0] < p.shape[-1]):
+    thin = isinstance(p, Tensor) and p.dim() == 2 and len(p) < p.shape[1]  # as the factor A of a bare {"A", "B"}
+    if re.search(r"(^|[._])(lora|hada|lokr)[._]", key) or (key == "A" and thin):
         return "is a factor of a low-rank adapter, whose product is not linear: unload adapters first"
     if _is_weight(p) and _is_weight(q):
         if p.shape != q.shape:

@@ -37,7 +37,7 @@ RANKS = {rank: f"WEMoE (rank {rank})" for rank in (1, 2, 4, 8, 16, 32)}
 
 @dataclass(frozen=True)
 class Condition:
-    """`change` is what suite.variant takes, and `settings` what it takes besides for single methods.
+    """`change` is what run_method takes: of suite.variant, or `task_free`; `settings` the same for single methods.
 
     The table has the tasks in the order of `columns`, and their averages.
     """

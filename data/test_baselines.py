@@ -1,7 +1,6 @@
 """What must be true of data/baselines.py: properties first, then examples by hand, then errors.
 
-Float32 tolerances: weights and activations are of order one and sums have some dozens of terms, so that rounding (6e-8
-relative) stays below ATOL.
+The small modules, and what is close, are those of test_wemoe.py.
 """
 
 import copy
@@ -54,86 +53,26 @@ from data.baselines import (
     wudi,
 )
 from data.suite import Suite, evaluate_task_free, routed
+from test_wemoe import (
+    MLPS,
+    Fixed,
+    Gated,
+    Normed,
+    Transformer,
+    axes,
+    batch_sizes,
+    close,
+    family,
+    randomised,
+    same,
+    seeds,
+    task_numbers,
+    trained,
+)
 from wemoe import Router, WEMoE, adapt, routing_weights, task_arithmetic, task_vector, upscale
 
-ATOL = 2e-5
 properties = settings(max_examples=15, deadline=None, derandomize=True)
-seeds, task_numbers, batch_sizes = st.integers(0, 2**16), st.integers(1, 4), st.integers(1, 4)
-axes = st.lists(st.integers(1, 3), max_size=2)  # token or spatial axes
-
-
-torch.set_num_threads(1)  # small tensors gain nothing from more, and forks do not survive them
-
-
-class Gated(nn.Module):
-    """An MLP as Llama's: down(silu(gate x) * up x)."""
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.gate, self.up, self.down = (nn.Linear(size, size, bias=False) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
-MLPS = {
-    "plain": lambda d: nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(), nn.Linear(2 * d, d)),
-    "normed": lambda d: nn.Sequential(nn.Linear(d, d, bias=False), nn.LayerNorm(d), nn.ReLU(), nn.Linear(d, 3)),
-    "gated": Gated,
-    "linear": lambda d: nn.Linear(d, d + 1),
-}
-kinds = st.sampled_from(sorted(MLPS))
-
-
-class Transformer(nn.Module):
-    """Two blocks of attention and an MLP, with a head, like any vision transformer without the vision."""
-
-    def __init__(self, size: int = 4):
-        super().__init__()
-        self.embed = nn.Linear(3, size)
-        self.position = nn.Parameter(torch.randn(size))
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict(
-                {
-                    "norm": nn.LayerNorm(size),
-                    "attn": nn.MultiheadAttention(size, 2, batch_first=True),
-                    "mlp": nn.Sequential(nn.Linear(size, 6), nn.GELU(), nn.Linear(6, size)),
-                }
-            )
-            for _ in range(2)
-        )
-        self.head = nn.Linear(size, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x) + self.position
-        for block in self.blocks:
-            h = block["norm"](x)
-            x = x + block["attn"](h, h, h, need_weights=False)[0]
-            x = x + block["mlp"](x)
-        return self.head(x.mean(1))
-
-
-class Fixed(nn.Module):
-    """A router whose weights are given: (T,) for all samples, or (B, T)."""
-
-    def __init__(self, lam: Tensor):
-        super().__init__()
-        self.lam = nn.Parameter(lam)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.lam.expand(len(x), self.lam.shape[-1])
-
-
-def randomised(module: nn.Module, scale: float = 0.5) -> nn.Module:
-    for p in module.parameters():
-        nn.init.normal_(p, std=scale)
-    return module
-
-
-def family(kind: str, size: int, tasks: int, seed: int) -> tuple[nn.Module, list[nn.Module]]:
-    torch.manual_seed(seed)
-    pretrained, *finetuned = (randomised(MLPS[kind](size)) for _ in range(tasks + 1))
-    return pretrained, finetuned
+kinds = st.sampled_from(sorted(MLPS.keys() - {"norm"}))  # those of linear layers
 
 
 def vectors_of(models: list[nn.Module]) -> list[dict[str, Tensor]]:
@@ -156,18 +95,6 @@ def output_and_gradients(module: nn.Module, x: Tensor) -> list[Tensor]:
     y = module(x)
     weights = torch.linspace(-1, 1, y.numel()).view_as(y)
     return [y, *torch.autograd.grad((y * weights).sum(), [x, *(p for p in module.parameters() if p.requires_grad)])]
-
-
-def trained(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def close(a: object, b: object, atol: float = ATOL) -> None:
-    torch.testing.assert_close(a, b, atol=atol, rtol=ATOL)
-
-
-def same(a: object, b: object) -> None:
-    torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 # ---- TIES, EMR, Fisher merging, RegMean ------------------------------------------------------------------------------
@@ -472,24 +399,6 @@ def test_constant_routers_are_adamerging_of_the_whole_or_where_a_module_has_one_
     close(dx, dx_, atol=1e-3)
     for places, gradient in zip(rows, dbias, strict=True):
         close(dlam[list(places)].sum(0), gradient, atol=1e-3)
-
-
-class Normed(nn.Module):
-    """Batch normalisation, tied weights, a shared submodule, a frozen, an unused and an adapted parameter."""
-
-    def __init__(self, size: int = 4):
-        super().__init__()
-        self.up, self.down, self.norm = nn.Linear(size, size), nn.Linear(size, size), nn.BatchNorm1d(size)
-        self.down.weight = self.up.weight
-        self.again = self.up
-        self.first, self.second = nn.Parameter(torch.zeros(size, 2)), nn.Parameter(torch.zeros(2, size))
-        self.unused = nn.Parameter(torch.zeros(3))
-        self.up.bias.requires_grad_(False)
-        self.register_buffer("position_ids", torch.arange(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x[:, self.position_ids]
-        return self.down(self.again(self.norm(self.up(x)))) + x @ self.first @ self.second
 
 
 @pytest.mark.parametrize("merging", [ada_merging, concrete, ada_rank])

@@ -48,12 +48,11 @@ from data.paper import hub, published
 from data.paper import suite as paper_suites
 from data.paper.test_paper import (
     TINY,
-    TINY_TEXT,
-    TINY_VISION,
     Evil,
     OldClasses,
     picture,
     randomise,
+    tiny,  # noqa: F401 (a fixture)
     tiny_hugging_face,
     tower_like,
     write_parquet,
@@ -65,16 +64,6 @@ HERE = Path(__file__).parents[1]
 GPU = torch.cuda.is_available()
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 torch.set_num_threads(1)  # small tensors gain nothing from more, and forks do not survive them
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tiny(tmp_path_factory):
-    """A small architecture that open_clip knows by name."""
-    folder = tmp_path_factory.mktemp("configs")
-    config = {"embed_dim": 48, "quick_gelu": True, "vision_cfg": TINY_VISION, "text_cfg": TINY_TEXT}
-    (folder / "tiny-quickgelu.json").write_text(json.dumps(config))
-    open_clip.add_model_config(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -644,7 +633,7 @@ def test_other_experiments_on_the_papers_suite(paper, tmp_path):
     assert not any(condition["published"] for condition in results["conditions"])  # of four images each
 
 
-def test_two_processes_give_what_one_gives(paper, tmp_path, tiny):
+def test_two_processes_give_what_one_gives(paper, tmp_path, tiny):  # noqa: F811 (the fixture)
     names = ["--methods", "Individual", "WEMoE"]
     _, one = paper(*names, output="one")
     (tmp_path / "run.py").write_text(SETTING_UP)

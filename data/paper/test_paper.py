@@ -60,6 +60,7 @@ def tiny(tmp_path_factory):
         config = {"embed_dim": 48, "quick_gelu": quick, "vision_cfg": TINY_VISION, "text_cfg": TINY_TEXT}
         (folder / f"{name}.json").write_text(json.dumps(config))
     open_clip.add_model_config(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
