@@ -70,10 +70,10 @@ from data.experiments import (
 from data.files import InputError, Parser, alone, check_numbers, check_output, fingerprint, one_line, read_kept, write
 from data.miniature.corruptions import CORRUPTIONS
 from data.miniature.suite import COUNTERPARTS, miniature_suite
-from data.miniature.tasks import ALL_TASKS
+from data.miniature.tasks import ALL_TASKS, TASKS
 from data.paper.hub import ARCHITECTURES
 from data.paper.hub import TASKS as PAPER_TASKS
-from data.paper.published import ROBUSTNESS_TASKS, routed_modules, router_depths
+from data.paper.published import PUBLISHED_TASKS, ROBUSTNESS_TASKS, routed_modules, router_depths
 from data.paper.suite import paper_suite
 from data.processes import barrier, choose_device, each, progress, rank, say, world
 from data.suite import Suite, adapt, evaluate, evaluate_task_free, fine_tune, mean, routing
@@ -82,7 +82,7 @@ from data.text.miniature import TASKS as TEXT_TASKS
 from data.text.miniature import miniature_text_suite
 
 SAMPLES = 32  # of each task's training images, for the methods that look at some
-SUITES = {"miniature": (miniature_suite, list(COUNTERPARTS.values()))}
+SUITES = {"miniature": (miniature_suite, list(TASKS))}
 SUITES.update({name: (paper_suite, list(PAPER_TASKS)) for name in ARCHITECTURES})
 SUITES["miniature-text"] = miniature_text_suite, list(TEXT_TASKS)
 SUITES |= {"roberta-glue": (roberta_glue_suite, list(GLUE)), "flan-t5-glue": (flan_t5_glue_suite, list(GLUE))}
@@ -717,7 +717,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parsed.tasks = [task if paper else COUNTERPARTS[task] for task in experiment.tasks]
     known = list(ALL_TASKS) if experiment.more_tasks and parsed.suite == "miniature" else SUITES[parsed.suite][1]
     parsed.tasks = choose("task", parsed.tasks, known)
-    parsed.whole = bool(experiment.tasks) or parsed.tasks == known  # as what is published
+    parsed.whole = bool(experiment.tasks) or parsed.tasks == PUBLISHED_TASKS  # as what is published
     if not paper and experiment.steps:
         parsed.steps = parsed.steps or experiment.steps
     senseless = (SENSELESS if glue else ()) + (("MASS",) if parsed.suite in TEXTS else ())  # of which routes by images

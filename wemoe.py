@@ -128,7 +128,7 @@ class WEMoE(nn.Module):
     `pretrained` is any module whose first input is a tensor (B, ..., D), `finetuned` T modules of the same structure or
     their state dicts, `router` maps that input to λ and alone is trainable. `layer` is what linear layers become, a
     MergedLinear unless told otherwise; with MergedLayer the module is not taken apart but merged as a whole, sample by
-    sample: for modules whose layers see something else than one row for each sample.
+    sample: for modules that reshape the batch inside (windows, beams), so that their layers' inputs have not B rows.
     Attributes: `router`, and `pretrained`, the module with merged layers in it.
     Raises ValueError if the modules differ in structure or in number from the routing weights, or if a module cannot
     run with weights from outside.
@@ -145,7 +145,7 @@ class WEMoE(nn.Module):
             raise ValueError(f"WEMoE got {len(vectors)} fine-tuned modules for a router with {self.num_tasks} outputs.")
         module = copy.deepcopy(pretrained).requires_grad_(False)
         theta_0 = _state(module)
-        # By the tensor itself, so that a tied one has one τ: (T, *shape).
+        # By the tensor itself, not its name: tied names share one τ (T, *shape).
         tau = {theta_0[name]: torch.stack([vector[name] for vector in vectors]) for name in vectors[0]}
 
         def merged(part: nn.Module) -> nn.Module | None:
@@ -161,19 +161,20 @@ class WEMoE(nn.Module):
         """λ (B, T) for the input (B, ..., D), or (1, T) where all samples have one, for which layers merge once."""
         if len(h) == 0:
             return h.new_zeros(1, self.num_tasks, dtype=torch.float32)  # no sample to merge for
-        masked = self.mask is not None and self.mask.shape == h.shape[:-1]  # while tokens are generated, it is not
+        masked = self.mask is not None and self.mask.shape == h.shape[:-1]  # of one new token, it is not
         lam = self.routing(self.router(h, mask=self.mask) if masked else self.router(h))
         if lam.shape != (len(h), self.num_tasks):
             raise ValueError(f"The routing weights are {tuple(lam.shape)} for an input {tuple(h.shape)}.")
-        lam = lam if torch.is_grad_enabled() else lam.detach()  # a router may return its own parameter
+        # A router may return its own parameter; without gradients, λ is to require none (see MergedLayer.forward).
+        lam = lam if torch.is_grad_enabled() else lam.detach()
         return lam[:1] if getattr(self.router, "depth", None) == 0 else lam
 
     def forward(self, *args, **kwargs):
         copies: dict[nn.Module, nn.Module] = {}
         output = _copied(self.pretrained, self.route(_first_tensor(args, kwargs)), copies)(*args, **kwargs)
         for part, used in copies.items():
-            if not isinstance(part, MergedLayer):  # what it has kept of this pass, as modules may do
-                vars(part).update({name: value for name, value in vars(used).items() if name not in _MADE_OF})
+            if not isinstance(part, MergedLayer):  # what it has stored on itself in this pass, as modules may do
+                vars(part).update({name: value for name, value in vars(used).items() if name not in _STRUCTURE})
                 part._buffers.update(used._buffers)
             elif not used.ran:
                 what = f"A {type(part.layer).__name__} did not run in a routed {type(self.pretrained).__name__}"
@@ -200,7 +201,7 @@ class MergedLayer(nn.Module):
     """
 
     def __init__(self, layer: nn.Module, tau: Mapping[Tensor, Tensor]):
-        nn.Module.__init__(self)  # of MergedLinear, too: nn.Linear's own would make weights
+        nn.Module.__init__(self)  # not super().__init__(): a MergedLinear's next in line is nn.Linear, with new weights
         self.layer, self.training, self.places = layer, layer.training, {}  # name -> which τ
         tensors: dict[Tensor, int] = {}
         for path, part in layer.named_modules():
@@ -224,7 +225,8 @@ class MergedLayer(nn.Module):
             return {name: p + self.update(lam, self.places[name]).to(p) for name, p in theta_0.items()}
 
     def run(self, lam: Tensor, *args, **kwargs):
-        # Not by functional_call, which puts θ_0 back before a checkpoint in the layer runs again.
+        # Not by functional_call, which puts θ_0 back when it returns: a checkpoint inside would run again with that in
+        # the backward pass.
         return _with_weights(_copied(self.layer, lam, {}), self.weights(lam))(*args, **kwargs)
 
     def forward(self, *args, **kwargs):
@@ -265,11 +267,12 @@ class MergedLayer(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             value = getattr(super().__getattr__("layer"), name)
-        # Its tensors are θ_0; within a pass, in which each sample has its own, they have a type, but NaN for numbers.
+        # Outside a pass its tensors are θ_0. Within one each sample has its own: code may ask for their type or shape,
+        # but the numbers are NaN, which shows.
         return value.new_full((), math.nan).expand_as(value) if _is_weight(value) and "lam" in vars(self) else value
 
 
-_MADE_OF = "_modules", "_parameters", "_buffers", "training"  # a module's other attributes are what it has kept
+_STRUCTURE = "_modules", "_parameters", "_buffers", "training"  # a module's other attributes are what it stores
 
 
 def _copied(module: nn.Module, lam: Tensor, copies: dict[nn.Module, nn.Module]) -> nn.Module:
@@ -289,7 +292,7 @@ def _copied(module: nn.Module, lam: Tensor, copies: dict[nn.Module, nn.Module]) 
 
 
 def _with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """The module, with these tensors put in the places of its own (whose numbers stay: a tied one has other places)."""
+    """The module with its tensors replaced by these; not overwritten, as another module may hold the same tensor."""
     for name, p in weights.items():
         path, _, entry = name.rpartition(".")
         part = module.get_submodule(path)
@@ -711,7 +714,7 @@ def _is_index(p: object) -> bool:  # position ids, counters, masks; or no tensor
 def check_mergeable(module: nn.Module) -> None:
     """Raise ValueError, naming the part, for a module whose copy would not run with other weights than its own."""
     for name, part in module.named_modules():
-        attributes = [value for key, value in vars(part).items() if key not in _MADE_OF and "hook" not in key]
+        attributes = [value for key, value in vars(part).items() if key not in _STRUCTURE and "hook" not in key]
         kept = [getattr(leaf, "__self__", leaf) for leaf in tree_leaves(attributes)]  # of a method, its module
         tensors = [leaf for leaf in kept if isinstance(leaf, Tensor)]
         wrong = None

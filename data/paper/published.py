@@ -84,6 +84,7 @@ def generalization(arch: str, source: str | None) -> list[tuple[list[str], list[
     return found
 
 
+PUBLISHED_TASKS = read("paper.json")["tasks"]
 ROBUSTNESS_TASKS = paper_tables()["5"]["tasks"]
 
 
@@ -110,7 +111,7 @@ def our_name(row: dict) -> str:
 
 
 def _table(number: str) -> list[dict]:
-    return _rows(paper_tables()[number]["rows"], "paper", read("paper.json")["tasks"])
+    return _rows(paper_tables()[number]["rows"], "paper", PUBLISHED_TASKS)
 
 
 def _rows(rows: list[dict], source: str, tasks: list[str]) -> list[dict]:
