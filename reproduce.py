@@ -392,7 +392,7 @@ def run_method(suite: Suite, name: str, key: str, cache: Path, change: dict) -> 
         "accuracy": {task: round(value, 2) for task, value in accuracy.items()},
         "average": round(mean(accuracy), 2),
         "seconds": round(after - start, 1),
-        "evaluation_seconds": round(after - before, 2),
+        "evaluation_seconds": round(after - before, 4),
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "total_parameters": sum(p.numel() for p in parameters),
         "bytes": sum(map(model_bytes, models)),

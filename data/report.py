@@ -1,6 +1,7 @@
 """The report of an experiment: numbers in, tables as Markdown and pictures as matplotlib figures out."""
 
 import itertools
+import math
 import statistics
 from pathlib import Path
 
@@ -116,6 +117,37 @@ def draw_accuracy(tasks: list[str], methods: list[dict]) -> Figure:
     for y, (above, below) in enumerate(itertools.pairwise(methods)):
         if above["group"] != below["group"]:
             axis.axhline(y + 0.5, color="w", linewidth=3)
+    return figure
+
+
+def draw_costs(methods: dict[str, list[dict]], images: int) -> Figure:
+    """Accuracy against parameters kept, and against the time of evaluation for each image; a colour for each group."""
+    figure, axes = panels(1, 2, figsize=(14, 0.2 * len(methods) + 3), sharey=True)
+    groups = dict.fromkeys(entries[0]["group"] for entries in methods.values())
+    colours = dict(zip(groups, colormaps["Dark2"].colors))
+    accuracies = {name: statistics.mean(entry["average"] for entry in entries) for name, entries in methods.items()}
+    apart = max(0.5, max(accuracies.values()) - min(accuracies.values())) / 50  # names, at least
+    for axis, key, unit, label in (
+        (axes[0, 0], "total_parameters", 1e6, "parameters kept (millions)"),
+        (axes[0, 1], "evaluation_seconds", images / 1e3, "evaluation (ms for each image)"),
+    ):
+        named: list[tuple[float, float]] = []  # where names are
+        for name, y in sorted(accuracies.items(), key=lambda item: -item[1]):
+            x = statistics.mean(entry[key] for entry in methods[name]) / unit
+            colour = colours[methods[name][0]["group"]]
+            axis.plot(x, y, "o", color=colour, markersize=5)
+            near = [height for other, height in named if abs(math.log(x / other)) < 0.8]
+            named.append((x, min([y, *(height - apart for height in near)])))
+            axis.text(1.06 * x, named[-1][1], name, fontsize=8, va="center", color=colour)
+        axis.set(xlabel=label, xscale="log")
+        axis.set_xlim(axis.get_xlim()[0], 2.5 * axis.get_xlim()[1])  # room for names
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("{x:g}")
+        axis.grid(alpha=0.3)
+    for group, colour in colours.items():
+        axes[0, 0].plot([], [], "o", color=colour, label=group)
+    axes[0, 0].set_ylabel("accuracy (%)")
+    axes[0, 0].legend(fontsize=8, loc="lower right")
     return figure
 
 

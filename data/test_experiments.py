@@ -136,7 +136,7 @@ def test_results_are_those_of_the_contract(small, tmp_path, capsys, monkeypatch)
     )
     assert {"claim", "holds", "detail"} == set(results["claims"][0])
     folder = tmp_path / "results" / "miniature"
-    assert {f"{name}.png" for name in ("accuracy", "adaptation", "routing", "scalings", "tasks")} == {
+    assert {f"{name}.png" for name in ("accuracy", "adaptation", "costs", "routing", "scalings", "tasks")} == {
         f.name for f in folder.glob("*.png")
     }
     printed = capsys.readouterr().out

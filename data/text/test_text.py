@@ -140,7 +140,12 @@ def test_glue_from_end_to_end(suite, started, tmp_path, monkeypatch, capsys):
     printed, folder = capsys.readouterr().out, tmp_path / suite
     assert "0.0 GB to download" in printed and "stsb is a regression" in printed
     assert "not adapted to" in (folder / "table.md").read_text()
-    assert {file.name for file in folder.glob("*.png")} == {"accuracy.png", "adaptation.png", "routing.png"}
+    assert {file.name for file in folder.glob("*.png")} == {
+        "accuracy.png",
+        "adaptation.png",
+        "costs.png",
+        "routing.png",
+    }
     kept = {file: file.stat().st_mtime_ns for file in (folder / "cache").rglob("*.json")}
     assert started(suite, "--methods", *methods) == (status, results) and len(kept) == len(methods)
     assert kept == {file: file.stat().st_mtime_ns for file in (folder / "cache").rglob("*.json")}  # none was made again
