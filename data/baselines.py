@@ -705,19 +705,24 @@ def fisher_information(model: nn.Module, batch: Batch, logits: Callable[..., Ten
 
 @torch.no_grad()
 def gram_matrices(model: nn.Module, batch: Batch) -> State:
-    """XᵀX / N (D_in, D_in) by the name of each matrix in a linear layer, X (N, D_in) being its inputs, all tokens."""
+    """XᵀX / N (D_in, D_in) by the name of each matrix in a linear layer, X (N, D_in) being its inputs.
+
+    All tokens of an image are inputs, and those of a text that its `attention_mask` leaves.
+    """
     model = copy.deepcopy(model).to(_device(batch))
-    names, sums = {p: name for name, p in model.named_parameters()}, {}
+    names, sums, mask = {p: name for name, p in model.named_parameters()}, {}, None
 
     def recording(linear: Callable, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if weight in names:
-            x_rows = x.reshape(-1, x.shape[-1])
+            masked = mask is not None and mask.shape == x.shape[:-1]
+            x_rows = x[mask != 0] if masked else x.reshape(-1, x.shape[-1])
             total, count = sums.get(names[weight], (0, 0))
             sums[names[weight]] = total + x_rows.T @ x_rows, count + len(x_rows)
         return linear(x, weight, bias)
 
     with _linear_by(recording):
         for part in _split(batch, 64):
+            mask = None if isinstance(part, Tensor) else part.get("attention_mask")
             _run(model, part)
     return {name: (total / count).cpu() for name, (total, count) in sums.items()}
 

@@ -263,6 +263,22 @@ def test_regmean_minimises_its_objective(tasks, alpha, seed):
     close(merged["bias"], mean["bias"])
 
 
+def test_gram_matrices_do_not_depend_on_padding():
+    class Text(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.mlp = nn.Embedding(9, 4), nn.Linear(4, 4)
+
+        def forward(self, input_ids, attention_mask):
+            return self.mlp(self.words(input_ids))
+
+    torch.manual_seed(0)
+    model, ids = Text(), torch.randint(0, 9, (3, 5))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    padded = {name: F.pad(value, (0, 4)) for name, value in batch.items()}
+    assert torch.allclose(gram_matrices(model, padded)["mlp.weight"], gram_matrices(model, batch)["mlp.weight"])
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_gram_matrices_cover_the_attention_of_open_clip(training):
     torch.manual_seed(0)
