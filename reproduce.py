@@ -273,13 +273,14 @@ def multi_task_learning(suite: Suite) -> Result:
 
 @dataclass(frozen=True)
 class Method:
-    """`seconds` is about what it takes in the miniature, on one core of two."""
+    """`seconds` is about what it takes in the miniature, on one core of two; `arxiv` the paper that defines it."""
 
     group: str
     make: Callable[..., Result]  # from the suite and, where it adapts, `adapt`
     seconds: int
     needs_training_images: bool = False
     needs_validation: bool = False  # to choose λ by
+    arxiv: str = ""
 
     @property
     def needs(self) -> list[str]:  # Table 7
@@ -303,34 +304,42 @@ def low_rank(rank: int) -> Method:
 E_WEMOE = partial(mixture, layer=partial(baselines.SparseLinear, keep=0.1), shared=True)
 DIVERSE = partial(mixture, objective=wemoe.negative_information)
 METHODS = {
-    "Weight Averaging": Method(STATIC, weight_averaging, 3),
-    "Task Arithmetic": Method(STATIC, task_arithmetic, 25, needs_validation=True),
-    "TIES-Merging": Method(STATIC, ties, 25, needs_validation=True),
-    "Consensus Merging": Method(SINCE, partial(one_vector, rule=baselines.consensus, scaling=0.3), 4),
-    "TSV-M": Method(SINCE, partial(one_vector, rule=baselines.tsv_merge), 6),
-    "Iso-C": Method(SINCE, partial(one_vector, rule=baselines.iso_c), 4),
-    "Iso-CTS": Method(SINCE, partial(one_vector, rule=baselines.iso_cts), 6),
-    "WUDI": Method(SINCE, wudi, 21),
-    "Fisher Merging": Method(GIVEN, fisher_merging, 20, needs_training_images=True),
-    "RegMean": Method(GIVEN, regmean, 5, needs_training_images=True),
-    "Twin-Merging": Method(GIVEN, twin_merging, 30, needs_training_images=True),
-    "RegMean++": Method(GIVEN, partial(regmean, merge=baselines.regmean_plus_plus), 8, needs_training_images=True),
-    "EMR-Merging": Method(GIVEN, partial(masked, unify=baselines.emr), 5),
-    "TALL Masks": Method(GIVEN, partial(masked, unify=baselines.tall_masks), 5),
-    "AdaMerging (task-wise)": Method(LEARNED, partial(ada_merging, layer_wise=False), 45),
-    "AdaMerging (layer-wise)": Method(LEARNED, ada_merging, 45),
-    "AdaMerging++ (task-wise)": Method(LEARNED, partial(ada_merging, layer_wise=False, elect=True), 45),
-    "AdaMerging++ (layer-wise)": Method(LEARNED, partial(ada_merging, elect=True), 45),
-    "Concrete Task Arithmetic": Method(LEARNED, concrete, 40),
-    "Concrete AdaMerging": Method(LEARNED, partial(concrete, then_lambda=True), 85),
-    "AdaRank": Method(LEARNED, ada_rank, 110),
-    "WEMoE (0-layer)": Method(LEARNED, partial(mixture, depth=0), 50),
-    "WEMoE (1-layer)": Method(LEARNED, partial(mixture, depth=1), 110),
-    "WEMoE": Method(LEARNED, mixture, 110),
+    "Weight Averaging": Method(STATIC, weight_averaging, 3, arxiv="2203.05482"),
+    "Task Arithmetic": Method(STATIC, task_arithmetic, 25, needs_validation=True, arxiv="2212.04089"),
+    "TIES-Merging": Method(STATIC, ties, 25, needs_validation=True, arxiv="2306.01708"),
+    "Consensus Merging": Method(
+        SINCE, partial(one_vector, rule=baselines.consensus, scaling=0.3), 4, arxiv="2405.07813"
+    ),
+    "TSV-M": Method(SINCE, partial(one_vector, rule=baselines.tsv_merge), 6, arxiv="2412.00081"),
+    "Iso-C": Method(SINCE, partial(one_vector, rule=baselines.iso_c), 4, arxiv="2502.04959"),
+    "Iso-CTS": Method(SINCE, partial(one_vector, rule=baselines.iso_cts), 6, arxiv="2502.04959"),
+    "WUDI": Method(SINCE, wudi, 21, arxiv="2503.08099"),
+    "Fisher Merging": Method(GIVEN, fisher_merging, 20, needs_training_images=True, arxiv="2111.09832"),
+    "RegMean": Method(GIVEN, regmean, 5, needs_training_images=True, arxiv="2212.09849"),
+    "Twin-Merging": Method(GIVEN, twin_merging, 30, needs_training_images=True, arxiv="2406.15479"),
+    "RegMean++": Method(
+        GIVEN, partial(regmean, merge=baselines.regmean_plus_plus), 8, needs_training_images=True, arxiv="2508.03121"
+    ),
+    "EMR-Merging": Method(GIVEN, partial(masked, unify=baselines.emr), 5, arxiv="2405.17461"),
+    "TALL Masks": Method(GIVEN, partial(masked, unify=baselines.tall_masks), 5, arxiv="2405.07813"),
+    "AdaMerging (task-wise)": Method(LEARNED, partial(ada_merging, layer_wise=False), 45, arxiv="2310.02575"),
+    "AdaMerging (layer-wise)": Method(LEARNED, ada_merging, 45, arxiv="2310.02575"),
+    "AdaMerging++ (task-wise)": Method(
+        LEARNED, partial(ada_merging, layer_wise=False, elect=True), 45, arxiv="2310.02575"
+    ),
+    "AdaMerging++ (layer-wise)": Method(LEARNED, partial(ada_merging, elect=True), 45, arxiv="2310.02575"),
+    "Concrete Task Arithmetic": Method(LEARNED, concrete, 40, arxiv="2312.06173"),
+    "Concrete AdaMerging": Method(LEARNED, partial(concrete, then_lambda=True), 85, arxiv="2312.06173"),
+    "AdaRank": Method(LEARNED, ada_rank, 110, arxiv="2503.22178"),
+    "WEMoE (0-layer)": Method(LEARNED, partial(mixture, depth=0), 50, arxiv="2402.00433"),
+    "WEMoE (1-layer)": Method(LEARNED, partial(mixture, depth=1), 110, arxiv="2402.00433"),
+    "WEMoE": Method(LEARNED, mixture, 110, arxiv="2402.00433"),
     "WEMoE (rank 16)": low_rank(16),
-    "E-WEMoE": Method(LEARNED, E_WEMOE, 140),
-    "SMILE": Method(ROUTED, lambda suite: baselines.Smile(suite.pretrained, suite.experts).to(suite.device), 11),
-    "MASS": Method(ROUTED, mass, 30),
+    "E-WEMoE": Method(LEARNED, E_WEMOE, 140, arxiv="2410.21804"),
+    "SMILE": Method(
+        ROUTED, lambda suite: baselines.Smile(suite.pretrained, suite.experts).to(suite.device), 11, arxiv="2408.10174"
+    ),
+    "MASS": Method(ROUTED, mass, 30, arxiv="2504.05342"),
     "Pre-trained": Method(REFERENCE, lambda suite: suite.pretrained, 3),
     "Simple Ensemble": Method(REFERENCE, lambda suite: baselines.Ensemble(suite.experts.values()), 25),
     "Traditional MTL": Method(REFERENCE, multi_task_learning, 50, needs_training_images=True),
@@ -366,15 +375,16 @@ def run_method(suite: Suite, name: str, key: str, cache: Path, change: dict) -> 
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / ("task_free.json" if task_free else "result.json")  # with one adaptation for both
     barrier()
+    about = {"name": name, "group": method.group, "needs": method.needs, "arxiv": method.arxiv}
     if file.exists():
-        return read_kept(file, lambda path: json.loads(path.read_text()))
+        return read_kept(file, lambda path: json.loads(path.read_text())) | about
     start = time.perf_counter()
     torch.manual_seed(suite.seed)
     suite = suite.variant(**change)
 
     def adapt_this(model: nn.Module, part: str = "", **options) -> dict:
-        about = f"{name}, {part}" if part else name
-        return adapt(suite, model, about, folder / f"{part or 'adaptation'}.pt", **options)
+        label = f"{name}, {part}" if part else name
+        return adapt(suite, model, label, folder / f"{part or 'adaptation'}.pt", **options)
 
     offered = {"suite": suite, "adapt": adapt_this}
     needed = inspect.signature(method.make).parameters
@@ -386,9 +396,7 @@ def run_method(suite: Suite, name: str, key: str, cache: Path, change: dict) -> 
     models = list(model.values()) if isinstance(model, dict) else [model]
     parameters = [p for model in models for p in model.parameters()]
     entry = {
-        "name": name,
-        "group": method.group,
-        "needs": method.needs,
+        **about,
         "accuracy": {task: round(value, 2) for task, value in accuracy.items()},
         "average": round(mean(accuracy), 2),
         "seconds": round(after - start, 1),

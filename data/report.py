@@ -24,7 +24,7 @@ def table(
     for average, tasks in columns.items():
         headings += [*tasks, average]
         cells += [*([task] for task in tasks), tasks]
-    headings += ["Seconds", "of evaluation", "Parameters", "learned", "MB", "Needs"] if details else []
+    headings += ["Seconds", "of evaluation", "Parameters", "learned", "MB", "Needs", "arXiv"] if details else []
     theirs = {row["method"]: row for row in published}
     group = None
     for name, entries in methods.items():
@@ -37,13 +37,13 @@ def table(
             learned = entries[0].get("learned", entries[0]["trainable_parameters"])
             times = f"{entries[0]['seconds']:.0f}", f"{entries[0]['evaluation_seconds']:.1f}"
             sizes = f"{entries[0]['total_parameters']:,}", f"{learned:,}", f"{entries[0]['bytes'] / 1e6:.1f}"
-            rows[-1] += [*times, *sizes, ", ".join(entries[0]["needs"])]
+            rows[-1] += [*times, *sizes, ", ".join(entries[0]["needs"]), entries[0]["arxiv"]]
         if row := theirs.get(name):
             known = [averages([row], tasks)[0] for tasks in cells]
             rest = [""] * (len(headings) - 1 - len(known))
             rows.append([f"  published ({row['source']})", *(f"{value:.1f}" for value in known), *rest])
             if details:
-                rows[-1][-1] = ", ".join(row.get("needs", []))
+                rows[-1][-2] = ", ".join(row.get("needs", []))
             rows.append(["  difference", *(f"{statistics.mean(a) - b:+.1f}" for a, b in zip(values, known)), *rest])
     return markdown(headings, rows)
 
