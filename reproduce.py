@@ -248,6 +248,10 @@ def ada_rank(suite: Suite, adapt: Callable) -> Result:
         return with_weights(suite, model.merged()), {"adaptation": curve, "learned": learned}
 
 
+def smile(suite: Suite) -> Result:
+    return baselines.Smile(suite.pretrained, suite.experts).to(suite.device)
+
+
 def mass(suite: Suite) -> Result:
     """Routed at the MLP of the block before the last but one, as in the authors' program: the 10th of 12, from 0."""
     layer = f"transformer.resblocks.{len(suite.pretrained.transformer.resblocks) - 2}.mlp.c_fc"
@@ -336,9 +340,7 @@ METHODS = {
     "WEMoE": Method(LEARNED, mixture, 110, arxiv="2402.00433"),
     "WEMoE (rank 16)": low_rank(16),
     "E-WEMoE": Method(LEARNED, E_WEMOE, 140, arxiv="2410.21804"),
-    "SMILE": Method(
-        ROUTED, lambda suite: baselines.Smile(suite.pretrained, suite.experts).to(suite.device), 11, arxiv="2408.10174"
-    ),
+    "SMILE": Method(ROUTED, smile, 11, arxiv="2408.10174"),
     "MASS": Method(ROUTED, mass, 30, arxiv="2504.05342"),
     "Pre-trained": Method(REFERENCE, lambda suite: suite.pretrained, 3),
     "Simple Ensemble": Method(REFERENCE, lambda suite: baselines.Ensemble(suite.experts.values()), 25),
