@@ -142,7 +142,8 @@ def ada_merging(suite: Suite, adapt: Callable, layer_wise: bool = True, elect: b
 
 def learn_lambda(suite: Suite, adapt: Callable, vectors: list[dict[str, Tensor]], layer_wise: bool = True) -> Result:
     settings = suite.adaptation
-    model = baselines.AdaMerging(suite.pretrained, vectors, layer_wise, settings.init_lambda).to(suite.device)
+    clamp = settings.settings == "paper"
+    model = baselines.AdaMerging(suite.pretrained, vectors, layer_wise, settings.init_lambda, clamp).to(suite.device)
     curve = adapt(model, steps=settings.lambda_steps, lr=settings.lambda_lr)
     weights = {entry: p.detach() for entry, p in model.merged().items()}
     return with_weights(suite, weights), {"adaptation": curve, "learned": model.lam.numel()}
@@ -185,7 +186,9 @@ def mixture(
     model = wemoe.upscale(suite.pretrained, suite.experts, **options)
     if elsewhere:
         model.load_state_dict(not_routed(model, one_vector(suite, elsewhere)), strict=False)
-    model = (baselines.share_router(model) if shared else model).to(suite.device)
+    model = baselines.share_router(model) if shared else model
+    model = baselines.average_over_batch(model) if settings.settings == "hub" else model
+    model = model.to(suite.device)
     curve = adapt(model, steps=settings.steps, lr=settings.lr, objective=objective)
     return model, {"adaptation": curve, **routing(suite, model)}
 
@@ -602,6 +605,8 @@ def run(arguments: argparse.Namespace) -> bool:
     shown = experiment.show(measured)
     text = shown.text or report.tables(measured.conditions, measured.entries, experiment.details)
     text += f"\n{measured.suite.note}\n" if measured and measured.suite.note else ""
+    if measured and (measured.suite.source or arguments.settings == "hub"):
+        text += f"\nMethods that adapt did so with the settings of the {arguments.settings}.\n"
     results = results_of(arguments, measured, shown.claims)
     write(output / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
     write(output / "table.md", lambda path: path.write_text(text))
@@ -700,6 +705,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of fine-tuning and adaptation (default: %(default)s)")
     add("--seeds", type=int, help="how many, from --seed on: mean ± deviation (default: 1; 5 in collapse)")
     add("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
+    add(
+        "--settings",
+        choices=("paper", "hub"),
+        default="paper",
+        help="of adaptation: the paper's, or those of the library that made the hub's rows (default: %(default)s)",
+    )
     add("--precision", choices=PRECISIONS, help="of evaluation (default: bfloat16 for CLIP on a GPU, else float32)")
     add("--adapt-precision", choices=PRECISIONS, help="of adaptation (default: float32)")
     add("--workers", type=int, help="processes with one thread each (default: 2 in the miniature on a CPU, else 1)")
@@ -757,9 +768,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if (parsed.workers or 1) > 1 and not parsed.on_cores:
         raise InputError("--workers is for the miniature on a CPU; on several GPUs use torchrun")
     parsed.workers = parsed.workers or (min(2, os.cpu_count() or 1) if parsed.on_cores else 1)
+    if parsed.settings == "hub" and parsed.suite in TEXTS:
+        raise InputError("--settings hub is for images: of texts, the hub has no rows of methods that adapt")
+    if parsed.settings == "hub" and world() > 1:
+        raise InputError("--settings hub averages routing weights over whole batches: it runs in one process")
     check_output(parsed.output)
     parsed.name = parsed.suite if not parsed.arch else f"{parsed.arch}-{parsed.pretrained}"
     variants = {"experts": parsed.experts, "finetune": parsed.finetune, f"first{parsed.limit}": parsed.limit}
+    variants["hub-settings"] = parsed.settings == "hub"
     parsed.folder = parsed.output / "-".join([parsed.name, *(name for name, on in variants.items() if on)])
     parsed.cached = parsed.folder / "cache"
     parsed.folder /= "" if parsed.experiment == "main" else parsed.experiment

@@ -232,13 +232,20 @@ class AdaMerging(MergedLayer):
     """θ_0 + Σ_t λ_t τ_t, its λ trained by `wemoe.adapt`: one for each task, or for each parameter and task.
 
     AdaMerging (Yang et al., arXiv 2310.02575); on `trim_and_elect`ed task vectors, AdaMerging++. `lam` is (1, T) or,
-    layer-wise, (parameters, T); in use it is clamped to [0, 1], as in its authors' program. `merged()` is what comes of
-    it, as entries of an ordinary state dict.
+    layer-wise, (parameters, T); in use it is clamped to [0, 1], as in its authors' program, unless told otherwise.
+    `merged()` is what comes of it, as entries of an ordinary state dict.
     Raises ValueError if a task vector does not fit θ_0, if λ starts outside [0, 1], or if a part cannot be merged.
     """
 
-    def __init__(self, pretrained: nn.Module, task_vectors: Vectors, layer_wise: bool = True, init_lambda: float = 0.3):
-        if not 0 <= init_lambda <= 1:
+    def __init__(
+        self,
+        pretrained: nn.Module,
+        task_vectors: Vectors,
+        layer_wise: bool = True,
+        init_lambda: float = 0.3,
+        clamp: bool = True,
+    ):
+        if clamp and not 0 <= init_lambda <= 1:
             raise ValueError(f"λ lies between 0 and 1 in AdaMerging, got {init_lambda=}.")
         wemoe.check_mergeable(pretrained)
         vectors = _members(task_vectors)
@@ -247,13 +254,15 @@ class AdaMerging(MergedLayer):
         model = copy.deepcopy(pretrained).requires_grad_(False)
         theta_0 = {name: p for name, p in model.state_dict(keep_vars=True).items() if name in fitting}
         super().__init__(model, {p: torch.stack([v[n].detach().to(p) for v in vectors]) for n, p in theta_0.items()})
+        self.clamp = clamp
         index = {attrgetter(path)(model): i for path, i in self.places.items()}  # a tied tensor has one λ
         self.names = {name: index[p] for name, p in theta_0.items()}
         shape = len(index) if layer_wise else 1, len(vectors)
         self.lam = nn.Parameter(torch.full(shape, float(init_lambda), device=next(iter(index)).device))
 
     def update(self, lam: Tensor, i: int) -> Tensor:
-        return super().update(lam[i if len(lam) > 1 else 0].clamp(0, 1), i)
+        lam = lam[i if len(lam) > 1 else 0]
+        return super().update(lam.clamp(0, 1) if self.clamp else lam, i)
 
     def merged(self) -> State:
         theta_0 = self.layer.state_dict()
@@ -399,6 +408,33 @@ def share_router(model: nn.Module) -> nn.Module:
     for module in routed.values():
         module.router = first.router
     return model
+
+
+def average_over_batch(model: nn.Module) -> nn.Module:
+    """Let the routed modules of an upscaled model merge once for each batch, with the mean of its samples' λ.
+
+    So the library FusionBench adapts and evaluates (its `batch_reduce`). What a sample comes to then depends on what it
+    is batched with: the mean over images of one task tells the task better than one image does. Of a distributed
+    model, each process averages over its own part of the batch. Constant routers stay as they are.
+    """
+    for module in model.modules():
+        if isinstance(module, WEMoE) and getattr(module.router, "depth", None) != 0:
+            module.router = BatchRouter(module.router)
+    return model
+
+
+class BatchRouter(nn.Module):
+    """A router's λ in the mean over the batch, the same for every sample: (B, ..., D) -> (B, T)."""
+
+    depth = 0  # so that layers merge once; yet it looks at its input and has no `bias` to unload
+
+    def __init__(self, router: nn.Module):
+        super().__init__()
+        self.router, self.num_tasks = router, router.num_tasks
+
+    def forward(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
+        lam = self.router(h, mask)
+        return lam.mean(0, keepdim=True).expand_as(lam)
 
 
 class TwinMerging(nn.Module):

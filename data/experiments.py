@@ -96,8 +96,8 @@ def of_the_paper(suite: Suite) -> bool:
 def published_claims(measured: Measured) -> list[dict]:
     """Our averages within 0.5 points of the published ones, or 0.8 where something is learned: like with like only.
 
-    Methods that depend on a choice of training images are left out; and the hub's rows of those that adapt, which were
-    adapted in another way (with routing weights averaged over the batch, at a constant learning rate).
+    Methods that depend on a choice of training images are left out; and, of those that adapt, the rows that were made
+    with other settings than ours, the paper's or the hub's (see suite.Adaptation).
     """
     claims = []
     for condition in measured.conditions if measured.suite.claimable else ():
@@ -105,7 +105,8 @@ def published_claims(measured: Measured) -> list[dict]:
             name, source, tasks = row["method"], row["source"], list(row["accuracy"])
             entry = measured.entries[condition.name].get(name, [{"needs": [TRAINING_IMAGES]}])[0]
             adapted = "adaptation" in entry
-            if TRAINING_IMAGES in entry["needs"] or (adapted and source != "paper") or not row.get("claimed", True):
+            unlike = adapted and source != measured.suite.adaptation.settings
+            if TRAINING_IMAGES in entry["needs"] or unlike or not row.get("claimed", True):
                 continue
             ours, theirs = measured.average(condition.name, name, tasks), statistics.mean(row["accuracy"].values())
             margin = 0.8 if adapted else 0.5
@@ -230,9 +231,15 @@ def in_suite(suite: Suite, tasks: list[str]) -> list[str]:
     return [task if task in suite.heads else COUNTERPARTS[task] for task in tasks]
 
 
+def authors_rates(suite: Suite, rates: dict[str, float]) -> dict[str, dict]:
+    """Condition.settings of methods for which the authors' program has another learning rate in this experiment."""
+    theirs = of_the_paper(suite) and suite.adaptation.settings == "paper"
+    return {name: {"lr": lr} for name, lr in rates.items()} if theirs else {}
+
+
 def generalization_conditions(suite: Suite, methods: list[str]) -> list[Condition]:
     conditions = []
-    settings = dict.fromkeys(DEPTHS.values(), {"lr": 2e-3}) if of_the_paper(suite) else {}  # of the authors' program
+    settings = authors_rates(suite, dict.fromkeys(DEPTHS.values(), 2e-3))
     for seen, unseen, rows in published.generalization(suite.name, suite.source):
         seen, unseen = in_suite(suite, seen), in_suite(suite, unseen)
         name, columns = f"merged without {' and '.join(unseen)}", {"Seen": seen, "Unseen": unseen}
@@ -258,7 +265,7 @@ def corrupted(suite: Suite, kind: str, methods: list[str], **change) -> Conditio
     tasks, change = in_suite(suite, published.ROBUSTNESS_TASKS), dict(change)
     if kind != "clean":
         change["split"] = kind
-    settings = {DEPTHS[0]: {"lr": 1e-3}} if of_the_paper(suite) else {}  # of the authors' program
+    settings = authors_rates(suite, {DEPTHS[0]: 1e-3})
     rows = published.robustness(suite.name, suite.source, kind)
     return Condition(kind.replace("_", " "), methods, change, {"Average": tasks}, rows, settings)
 

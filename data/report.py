@@ -41,7 +41,8 @@ def table(
         if row := theirs.get(name):
             known = [averages([row], tasks)[0] for tasks in cells]
             rest = [""] * (len(headings) - 1 - len(known))
-            rows.append([f"  published ({row['source']})", *(f"{value:.1f}" for value in known), *rest])
+            settings = f", {row['source']} settings" if "adaptation" in entries[0] else ""
+            rows.append([f"  published ({row['source']}{settings})", *(f"{value:.1f}" for value in known), *rest])
             if details:
                 rows[-1][-2] = ", ".join(row.get("needs", []))
             rows.append(["  difference", *(f"{statistics.mean(a) - b:+.1f}" for a, b in zip(values, known)), *rest])

@@ -43,7 +43,21 @@ class Training:
 
 @dataclass(frozen=True)
 class Adaptation:
-    """How routers, λ and masks are trained: unlabelled test images, entropy, Adam, cosine annealing to zero."""
+    """How routers, λ and masks are trained: unlabelled test images, entropy, Adam.
+
+    In the paper's settings the learning rate is annealed to zero by a cosine, each sample has its own routing weights,
+    and λ of AdaMerging is clamped. In the hub's, those of FusionBench (github.com/tanganke/fusion_bench at 54c9e8c),
+    which made the hub's rows:
+    - the learning rate is constant (fusion_bench/method/we_moe/we_moe.py makes an Adam and no schedule, and so do
+      adamerging/layer_wise_adamerging.py and concrete_subspace/clip_concrete_task_arithmetic.py beside it);
+    - a batch has one λ, the mean of its samples' (batch_reduce: true, in config/method/wemoe/weight_ensembling_moe.yaml
+      and sparse_weight_ensembling_moe.yaml): in evaluation, too, as `moe_model.batch_reduce = False` at the end of
+      we_moe.py is said to the model, not to the modules that would heed it;
+    - evaluation takes batches of 128 in the data's order (config/taskpool/CLIPVisionModelTaskPool/_template.yaml);
+    - λ of AdaMerging has 1000 steps, as many as routers, and is not clamped (max_steps, clamp_weights: false in
+      config/method/adamerging/clip.yaml).
+    Learning rates, the batch size of 16, Adam, and λ = 0.3 are the same in these files as in the papers' programs.
+    """
 
     steps: int
     lr: float  # of routers
@@ -56,13 +70,15 @@ class Adaptation:
     init_lambda: float = 0.3
     share: float = 1.0  # of the test images that adaptation sees
     evaluations: int = 10  # of the accuracy on the way, where the state is kept, too
+    settings: str = "paper"  # or "hub"
 
-    def changed(self, steps: int | None, precision: str | None) -> "Adaptation":
+    def changed(self, steps: int | None, precision: str | None, settings: str = "paper") -> "Adaptation":
         """With so many steps for routers, and in proportion for λ and masks; None leaves a setting as it is."""
         factor = steps / self.steps if steps else 1
-        scaled = (max(1, round(factor * count)) for count in (self.steps, self.lambda_steps, self.mask_steps))
+        lambda_steps = self.steps if settings == "hub" else self.lambda_steps
+        scaled = (max(1, round(factor * count)) for count in (self.steps, lambda_steps, self.mask_steps))
         steps_of = dict(zip(("steps", "lambda_steps", "mask_steps"), scaled))
-        return replace(self, **steps_of, precision=precision or self.precision)
+        return replace(self, **steps_of, precision=precision or self.precision, settings=settings)
 
 
 @dataclass
@@ -225,7 +241,7 @@ def evaluate(suite: Suite, model: nn.Module | dict[str, nn.Module], test: dict |
         for task, (images, labels) in test.items():
             tower = (model[task] if isinstance(model, dict) else model).to(suite.device)
             predicted = torch.zeros(len(labels), device=suite.device)
-            for batch in torch.arange(rank(), len(labels), world()).split(64):
+            for batch in batches(suite, len(labels)):
                 predicted[batch] = suite.predict(task, tower, suite.inputs(images[batch])).to(predicted)
                 bar.update(len(batch))
             if isinstance(model, dict):
@@ -234,6 +250,11 @@ def evaluate(suite: Suite, model: nn.Module | dict[str, nn.Module], test: dict |
     if model is suite.pretrained:
         model.cpu()
     return accuracy
+
+
+def batches(suite: Suite, count: int) -> tuple[Tensor, ...]:
+    """This process's places among so many test inputs, in batches; their size matters where a batch has one λ."""
+    return torch.arange(rank(), count, world()).split(128 if suite.adaptation.settings == "hub" else 64)
 
 
 @torch.no_grad()
@@ -248,7 +269,7 @@ def evaluate_task_free(suite: Suite, model: nn.Module | dict[str, nn.Module]) ->
     for own, task in enumerate(tasks):
         images, labels = suite.test[task]
         right = {}
-        for batch in torch.arange(rank(), len(labels), world()).split(64):
+        for batch in batches(suite, len(labels)):
             x = suite.inputs(images[batch])
             with precision(suite.device, suite.precision):
                 if isinstance(model, dict):
@@ -299,6 +320,8 @@ def adapt(
     part = {task: (images[:CURVE_IMAGES], labels[:CURVE_IMAGES]) for task, (images, labels) in suite.test.items()}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.Adam(trained.values(), lr)
+    if suite.adaptation.settings == "hub":
+        optimizer.register_step_pre_hook(keep_rate)
     adapted = [task for task in suite.experts if task not in suite.unadapted]
     on_gpu = suite.device.type == "cuda"
     if file.exists():
@@ -341,6 +364,12 @@ def adapt(
                     on_step=on_step,
                 )
     return curve
+
+
+def keep_rate(optimizer: torch.optim.Optimizer, *_) -> None:
+    """Before a step: take the learning rate that wemoe.adapt began with, not the one that it has annealed."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"]
 
 
 class Unlabelled:

@@ -27,7 +27,7 @@ def miniature_suite(arguments: argparse.Namespace) -> Suite:
         seed=arguments.seed,
         device=device,
         precision=arguments.precision or "float32",
-        adaptation=ADAPTATION.changed(arguments.steps, arguments.adapt_precision),
+        adaptation=ADAPTATION.changed(arguments.steps, arguments.adapt_precision, arguments.settings),
         pretrained=model.visual.requires_grad_(False),
         heads={task: zero_shot_head(model, task).to(device) for task in arguments.tasks},
         test={task: images(task, "test") for task in arguments.tasks},

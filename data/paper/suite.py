@@ -54,7 +54,7 @@ def paper_suite(arguments: argparse.Namespace) -> Suite:
         seed=arguments.seed,
         device=device,
         precision=arguments.precision or ("bfloat16" if device.type == "cuda" else "float32"),
-        adaptation=ADAPTATION.changed(arguments.steps, arguments.adapt_precision),
+        adaptation=ADAPTATION.changed(arguments.steps, arguments.adapt_precision, arguments.settings),
         pretrained=tower.requires_grad_(False),
         heads={task: head.to(device) for task, head in heads.items()},
         test=test,
