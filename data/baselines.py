@@ -426,11 +426,15 @@ def average_over_batch(model: nn.Module) -> nn.Module:
 class BatchRouter(nn.Module):
     """A router's λ in the mean over the batch, the same for every sample: (B, ..., D) -> (B, T)."""
 
-    depth = 0  # so that layers merge once; yet it looks at its input and has no `bias` to unload
+    depth = 0  # of one λ, layers merge once
 
     def __init__(self, router: nn.Module):
         super().__init__()
         self.router, self.num_tasks = router, router.num_tasks
+
+    @property
+    def bias(self) -> Tensor:  # which wemoe.unload asks for
+        raise ValueError("A BatchRouter looks at its input: it cannot be unloaded.")
 
     def forward(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
         lam = self.router(h, mask)

@@ -32,6 +32,7 @@ from data.baselines import (
     Smile,
     SparseLinear,
     average_by,
+    average_over_batch,
     consensus,
     emr,
     fisher_information,
@@ -52,7 +53,7 @@ from data.baselines import (
     weigh_entries,
     wudi,
 )
-from data.suite import Suite, evaluate_task_free, routed
+from data.suite import Adaptation, Suite, evaluate_task_free, routed
 from test_wemoe import (
     MLPS,
     Fixed,
@@ -394,6 +395,8 @@ def test_lambda_is_clamped_to_the_unit_interval_in_use(training):
     model(x).square().sum().backward()
     outside = (model.lam < 0) | (model.lam > 1)
     assert outside.any() and not model.lam.grad[outside].any() and model.lam.grad[~outside].all()
+    free = ada_merging(models, layer_wise=False, init_lambda=-0.5, clamp=False).train(training)
+    close({**models[0].state_dict(), **free.merged()}, task_arithmetic(models[0], vectors_of(models), -0.5))
 
 
 @pytest.mark.parametrize("layer_wise", [False, True])
@@ -783,6 +786,35 @@ def test_the_weights_of_a_shared_router_are_those_of_each_module():
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 4 * 4 + 4 + 2 * 4 + 2  # one router's
 
 
+@properties
+@given(st.sampled_from([1, 2]), task_numbers, batch_sizes, seeds)
+def test_averaged_over_the_batch_all_samples_have_the_mean_of_their_routing_weights(depth, tasks, batch, seed):
+    """So a batch runs through one merged model, a sample alone runs as before, and the routers learn."""
+    torch.manual_seed(seed)
+    models, x = (
+        [nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)) for _ in range(tasks + 1)],
+        torch.randn(batch, 3, 4),
+    )
+    single = upscale(models[0], models[1:], modules=whole, router_depth=depth)
+    randomised(single.router)
+    model = average_over_batch(copy.deepcopy(single))
+    with routing_weights(single) as own, routing_weights(model) as shared:
+        alone, y = single(x), model(x)
+    lam = own[""].mean(0)
+    close(shared[""], lam.expand(batch, -1))
+    close(y, with_entries(models[0], task_arithmetic(models[0], vectors_of(models), lam.tolist()))(x), atol=1e-4)
+    close(torch.cat([model(sample) for sample in x.split(1)]), alone, atol=1e-4)
+    y.square().sum().backward()
+    assert sum(p.grad is not None for p in model.router.parameters()) == 2 * depth
+
+
+def test_constant_routers_have_nothing_to_average():
+    models = layers(3)
+    model = average_over_batch(upscale(models[0], models[1:], modules=whole, router_depth=0))
+    assert isinstance(model.router, Router)
+    wemoe.unload(model)
+
+
 # ---- Twin-Merging, ensembles -----------------------------------------------------------------------------------------
 
 OWN = r"\.(norm|attn|mlp)$"  # of the Transformer above, all but the ends
@@ -1153,6 +1185,9 @@ ERRORS = {
     "'down.weight'.*tied in the pre-trained": lambda: AdaMerging(
         Normed(), [{**task_vector(Normed(), Normed()), "down.weight": torch.ones(4, 4)}]
     ),
+    "BatchRouter looks at its input: it cannot be": lambda: wemoe.unload(
+        average_over_batch(upscale(LINEAR, [LINEAR], modules=whole))
+    ),
     "between 0 and 1 in AdaMerging, got init_lambda=1.5": lambda: AdaMerging(LINEAR, [], init_lambda=1.5),
     "'0' its forward was replaced": lambda: AdaMerging(replaced(), [task_vector(replaced(), replaced())]),
     r"models for \['a', 'b'\], but inputs or heads for \['a'\]": lambda: regmean(
@@ -1208,7 +1243,8 @@ def test_without_the_task_an_image_needs_the_right_head_and_the_right_class():
     }
     test = {task: (torch.tensor(x), torch.tensor([0] * 4 if task == "a" else [1] * 2)) for task, x in inputs.items()}
     heads = {"a": 20 * torch.eye(4)[:, :2], "b": 20 * torch.eye(4)[:, 2:]}
-    options = dict(name="", seed=0, training=None, adaptation=None, pretrained=None, load=None, normalise=lambda x: x)
+    options = dict(name="", seed=0, training=None, pretrained=None, load=None, normalise=lambda x: x)
+    options["adaptation"] = Adaptation(*[1] * 6)
     suite = Suite(device=torch.device("cpu"), precision="float32", heads=heads, test=test, **options)
     suite.experts = {"a": Answers(), "b": Answers()}
     expected = {

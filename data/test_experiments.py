@@ -34,6 +34,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import reproduce
 import wemoe
@@ -190,6 +191,30 @@ def test_an_error_in_a_worker_is_reported_like_any_other(small, monkeypatch, cap
     assert "The entropy of task 'Signs' is nan at step 1 of 2" in capsys.readouterr().err
 
 
+def test_with_the_hubs_settings_the_learning_rate_stays_and_results_stand_apart(small, tmp_path, capsys):
+    methods, rates = ["--methods", "WEMoE", "AdaMerging (layer-wise)", "--steps", "3"], []
+    _, usual = small(*methods)
+
+    def see(optimizer, *_) -> None:
+        rates.extend([optimizer.param_groups[0]["lr"]] if type(optimizer) is torch.optim.Adam else [])
+
+    hook = register_optimizer_step_post_hook(see)
+    try:
+        small(*methods, "--settings", "hub")
+    finally:
+        hook.remove()
+    assert Counter(rates) == {miniature.ADAPTATION.lr: 3, miniature.ADAPTATION.lambda_lr: 3}  # as many steps for λ
+    results = json.loads((tmp_path / "results/miniature-hub-settings/results.json").read_text())
+    settings = [run["settings"]["adaptation"]["settings"] for run in (usual, results)]
+    assert settings == ["paper", "hub"] and small(*methods)[1] == usual
+    assert "adapt did so with the settings of the hub" in capsys.readouterr().out
+    curves = [[method["adaptation"]["entropy"] for method in run["methods"]] for run in (usual, results)]
+    assert all(one[1:] != other[1:] for one, other in zip(*curves))
+    (wemoe_,) = (method for method in results["methods"] if method["name"] == "WEMoE")
+    choices = [share for layer in wemoe_["first_choice"].values() for row in layer for share in row]
+    assert set(choices) == {0, 1}  # one λ for all of a batch
+
+
 SHORT = {  # experiment -> methods, number of conditions, figures
     "depths": (["AdaMerging (layer-wise)", "WEMoE (1-layer)", "WEMoE"], 1, {"accuracy"}),
     "modules": (None, 1, {"accuracy"}),
@@ -318,6 +343,18 @@ def test_every_row_of_the_papers_tables_is_beside_ours_in_some_experiment():
     assert not Counter(theirs) - Counter(rows)
 
 
+def test_what_methods_need_is_what_table_7_says():
+    """Of each method that it names, and of its variants; but TIES' own mean comes with λ = 1, which nobody chooses."""
+    rows = published.paper_tables()["7"]["rows"]
+    assert {published.our_name(row) for row in rows} < reproduce.METHODS.keys() and len(rows) == 6
+    for row in rows:
+        needs = [kind for kind, needed in row.items() if needed is True]
+        variants = [name for name in reproduce.METHODS if re.match(rf"{row['method']}(\+\+)?( \(| \+|$)", name)]
+        assert published.our_name(row) in variants
+        found = {name: reproduce.METHODS[name].needs for name in variants if name != "TIES-Merging (mean)"}
+        assert found == dict.fromkeys(found, needs)
+
+
 def test_parameters_are_the_papers_without_any_weights(tmp_path, capsys):
     assert reproduce.main(["--experiment", "table8", "--output", str(tmp_path)]) == 0
     tables, printed = published.paper_tables(), capsys.readouterr().out
@@ -436,6 +473,8 @@ def test_claims_about_depths_and_modules():
         (["ViT-B-32", "--finetune", "--arch", "RN5000", "--cache", "{tmp}"], "RN5000"),
         (["ViT-B-32", "--hub", "/nowhere", "--cache", "{tmp}"], "/nowhere"),
         (["ViT-B-32", "--precision", "int4"], "invalid choice: 'int4'"),
+        (["miniature-text", "--settings", "hub"], "--settings hub is for images"),
+        (["--settings", "mine"], "invalid choice: 'mine'"),
         (["--device", "tpu9"], "--device tpu9: not usable here"),
         (["--device", "meta"], "--device meta: not usable here"),
         (["--device", ""], "--device : not usable here"),
@@ -661,7 +700,9 @@ def test_limited_results_stand_apart_and_claim_nothing(paper, capsys):
     assert "Fewer tasks or images than published" in capsys.readouterr().out
 
 
-def test_experts_of_the_authors(paper, tmp_path):
+@pytest.fixture
+def authors(tmp_path) -> Path:
+    """The task-arithmetic authors' checkpoints, as they lie in their folder."""
     folder = tmp_path / "authors" / "ViT-B-32"
     with OldClasses() as old:
         for seed, name in enumerate(["zeroshot.pt", *(f"{task}/finetuned.pt" for task in hub.TASKS)]):
@@ -669,11 +710,35 @@ def test_experts_of_the_authors(paper, tmp_path):
             torch.save(old.encoder(tower_like(seed)), folder / name)
         for task, spec in hub.TASKS.items():
             torch.save(old.head(torch.randn(len(spec.classes), 48)), folder / f"head_{task}.pt")
+    return folder.parent
+
+
+def test_experts_of_the_authors(paper, authors):
     names = ["--methods", "individual", "wemoe", "wemoe (1-layer)", "--steps", "1"]
-    status, results = paper("--experts", str(folder.parent), *names, folder="ViT-B-32-experts", tasks=None)
+    status, results = paper("--experts", str(authors), *names, folder="ViT-B-32-experts", tasks=None)
     assert status == 1
     assert {row["source"] for row in results["published"]} == {"paper"}
     assert [claim["claim"].split(" is ")[0] for claim in results["claims"]] == ["Individual"]  # one step is not 1000
+
+
+def test_closeness_is_claimed_like_with_like(paper, authors, tmp_path, monkeypatch):
+    """Rows of methods that adapt are shown always, and claimed where they were made with the settings of the run."""
+    one_step = replace(paper_suites.ADAPTATION, steps=1, lambda_steps=1, mask_steps=1)  # as if this were published
+    monkeypatch.setattr(paper_suites, "ADAPTATION", one_step)
+    adapting = ["AdaMerging (layer-wise)", "WEMoE"]
+    for settings, source in itertools.product(["paper", "hub"], ["hub", "paper"]):
+        methods = ["Individual", *adapting, *(["Concrete AdaMerging"] if source == "hub" else [])]
+        folder = "ViT-B-32" + "-experts" * (source == "paper") + "-hub-settings" * (settings == "hub")
+        options = ["--steps", "1", "--settings", settings, "--methods", *methods]
+        options += ["--experts", str(authors)] if source == "paper" else []
+        _, results = paper(*options, tasks=None, folder=folder)
+        claims = {claim["claim"].split(" is within ")[0]: claim["claim"] for claim in results["claims"]}
+        claimed = adapting if source == settings else []
+        assert claims.keys() == {"Individual", *claimed}  # but never the hub's Concrete AdaMerging, which is not ours
+        assert all(f"0.8 points of the published average ({source})" in claims[name] for name in claimed)
+        table = (tmp_path / "results" / folder / "table.md").read_text()
+        assert table.count(f"published ({source}, {source} settings)") == len(methods) - 1
+        assert table.count(f"published ({source})") == 1 and f"with the settings of the {settings}." in table
 
 
 def test_experts_fine_tuned_here(paper, monkeypatch):

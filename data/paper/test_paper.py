@@ -152,8 +152,11 @@ def test_carried_facts_are_the_projects_cell_by_cell():
         assert published.read(name) == fact(name)
     assert published.read("tasks.json")["tasks"] == fact("eight_tasks.json")
     theirs, ours, tables = fact("published_results.json"), published.read("hub_results.json"), published.paper_tables()
-    for key in ("tasks", "adaptation_curves", "generalization", "robustness"):
+    equal = {"tasks", "adaptation_curves", "generalization", "robustness"}
+    assert theirs.keys() == ours.keys() == equal | {"about", "main", "parameters"}
+    for key in equal:
         assert theirs[key] == ours[key]
+    assert ours["main"].keys() == theirs["main"].keys()
     of_the_paper = [row["accuracy"] for table in ("2", "3", "10") for row in tables[table]["rows"]]
     for arch, rows in theirs["main"].items():
         assert ours["main"][arch] == [row for row in rows if row["source"] == "hub"]
