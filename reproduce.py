@@ -5,6 +5,7 @@
     python reproduce.py --methods all               every method of the family, not only the six that tell the story
     python reproduce.py --experiment list           the paper's other tables and figures, by name or by number:
     python reproduce.py ViT-B-32 --experiment table6 --experts DIR         beside the paper's own, cell by cell
+    python reproduce.py ViT-B-32 --settings hub     adapted as the hub's rows were made, not as the paper's
     python reproduce.py bench      speed and memory, ours beside the literal per-sample loop and the dense model
     torchrun --nproc-per-node=4 reproduce.py ViT-L-14          the same on four GPUs
     python reproduce.py miniature-text    small tasks over sentences: text, as little; roberta-glue, flan-t5-glue: GLUE
