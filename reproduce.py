@@ -607,7 +607,12 @@ def run(arguments: argparse.Namespace) -> bool:
     text = shown.text or report.tables(measured.conditions, measured.entries, experiment.details)
     text += f"\n{measured.suite.note}\n" if measured and measured.suite.note else ""
     if measured and (measured.suite.source or arguments.settings == "hub"):
-        text += f"\nMethods that adapt did so with the settings of the {arguments.settings}.\n"
+        hub = (
+            ": λ is the mean over a batch of one task's images, in evaluation, too"
+            if arguments.settings == "hub"
+            else ""
+        )
+        text += f"\nMethods that adapt did so with the settings of the {arguments.settings}{hub}.\n"
     results = results_of(arguments, measured, shown.claims)
     write(output / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
     write(output / "table.md", lambda path: path.write_text(text))

@@ -406,7 +406,7 @@ def test_the_loss_over_two_coefficients_is_that_of_the_merged_model():
 def entries(**accuracy: float) -> list[dict]:
     average = sum(accuracy.values()) / len(accuracy)
     sizes = dict.fromkeys(("seconds", "evaluation_seconds", "trainable_parameters", "total_parameters", "bytes"), 0)
-    return [{"accuracy": accuracy, "average": average, "group": "", "name": "", "needs": [], **sizes}]
+    return [{"accuracy": accuracy, "average": average, "group": "", "name": "", "needs": [], "arxiv": "", **sizes}]
 
 
 def verdicts(show, columns: dict[str, dict], measured: dict) -> list[bool]:
@@ -744,7 +744,7 @@ def test_closeness_is_claimed_like_with_like(paper, authors, tmp_path, monkeypat
         assert all(f"0.8 points of the published average ({source})" in claims[name] for name in claimed)
         table = (tmp_path / "results" / folder / "table.md").read_text()
         assert table.count(f"published ({source}, {source} settings)") == len(methods) - 1
-        assert table.count(f"published ({source})") == 1 and f"with the settings of the {settings}." in table
+        assert table.count(f"published ({source})") == 1 and f"with the settings of the {settings}" in table
 
 
 def test_experts_fine_tuned_here(paper, monkeypatch):
