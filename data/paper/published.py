@@ -35,8 +35,8 @@ def adaptation_curves(arch: str) -> list[dict]:
 # adapts did so with the settings of the same name (data.suite.Adaptation).
 
 # Not quite with these, and so shown, but not claimed: the hub's Concrete AdaMerging learns its mask after one step of
-# descent, which ours leaves out; its E-WEMoE prunes biases, too; for ViT-L/14 its routed methods averaged over 4 images,
-# on each of four GPUs or on one (docs/modelpool/clip_vit.md and examples/sparse_we_moe in its repository).
+# descent, which ours leaves out; its E-WEMoE prunes biases, too; for ViT-L/14 its routed methods averaged over 4
+# images, on each of four GPUs or on one (docs/modelpool/clip_vit.md and examples/sparse_we_moe in its repository).
 UNLIKE = {("hub", "ViT-B-32", "Concrete AdaMerging"), ("hub", "ViT-L-14", "WEMoE")}
 UNLIKE |= {("hub", arch, "E-WEMoE") for arch in ("ViT-B-32", "ViT-B-16", "ViT-L-14")}
 
