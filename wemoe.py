@@ -44,7 +44,7 @@ Models = Iterable[Model] | Mapping[str, Model]
 def task_vector(pretrained: Model, finetuned: Model) -> dict[str, Tensor]:
     """τ = θ_t - θ_0 by name, in the dtype and on the device of θ_0 (Definition 2.1, Eq. 1).
 
-    τ has an entry for each parameter and buffer in float16 to float64. Counters, and what else is equal, are skipped.
+    τ has an entry for each parameter and buffer in float16 to float64; others are skipped, as counters are.
     Raises ValueError, naming the entry, if the models differ in structure or cannot be subtracted.
     """
     theta_0, theta_t = _weights(pretrained, finetuned, "the fine-tuned model")  # what fits is in the last section
@@ -126,9 +126,9 @@ class WEMoE(nn.Module):
               └────────────────────────────────────► the module, made of these layers ──► its output
 
     `pretrained` is any module whose first input is a tensor (B, ..., D), `finetuned` T modules of the same structure or
-    their state dicts, `router` maps that input to λ and alone is trainable. `layer` is what linear layers become, a
-    MergedLinear unless told otherwise; with MergedLayer the module is not taken apart but merged as a whole, sample by
-    sample: for modules that reshape the batch inside (windows, beams), so that their layers' inputs have not B rows.
+    their state dicts, `router` maps that input to λ and alone is trainable. `layer(part, tau)` is what linear layers
+    become, a MergedLinear unless told otherwise; with MergedLayer the module is not taken apart but merged as a whole,
+    sample by sample: for modules that reshape the batch inside (windows, beams), whose layers' inputs have not B rows.
     Attributes: `router`, and `pretrained`, the module with merged layers in it.
     Raises ValueError if the modules differ in structure or in number from the routing weights, or if a module cannot
     run with weights from outside.
@@ -151,9 +151,12 @@ class WEMoE(nn.Module):
         def merged(part: nn.Module) -> nn.Module | None:
             if type(part) is nn.Linear and part.weight in tau:
                 return (layer or MergedLinear)(part, tau)
-            return MergedLayer(part, tau) if layer is MergedLayer or _is_layer(part, tau) else None
+            if layer is MergedLayer or _is_layer(part, tau):
+                return MergedLayer(part, tau)
+            return None  # its parts are asked
 
-        self.router, self.pretrained, self.training = router, _replace(module, merged), pretrained.training
+        self.router, self.pretrained = router, _replace(module, merged)
+        self.training = pretrained.training
         self.routing = nn.Identity()  # λ passes through it, for routing_weights to see
         self.mask: Tensor | None = None  # (B, N), see set_token_mask
 
@@ -161,7 +164,7 @@ class WEMoE(nn.Module):
         """λ (B, T) for the input (B, ..., D), or (1, T) where all samples have one, for which layers merge once."""
         if len(h) == 0:
             return h.new_zeros(1, self.num_tasks, dtype=torch.float32)  # no sample to merge for
-        masked = self.mask is not None and self.mask.shape == h.shape[:-1]  # of one new token, it is not
+        masked = self.mask is not None and self.mask.shape == h.shape[:-1]  # not of a token generated alone
         lam = self.routing(self.router(h, mask=self.mask) if masked else self.router(h))
         if lam.shape != (len(h), self.num_tasks):
             raise ValueError(f"The routing weights are {tuple(lam.shape)} for an input {tuple(h.shape)}.")
@@ -173,7 +176,7 @@ class WEMoE(nn.Module):
         copies: dict[nn.Module, nn.Module] = {}
         output = _copied(self.pretrained, self.route(_first_tensor(args, kwargs)), copies)(*args, **kwargs)
         for part, used in copies.items():
-            if not isinstance(part, MergedLayer):  # what it has stored on itself in this pass, as modules may do
+            if not isinstance(part, MergedLayer):  # keep what it has stored on itself in this pass, as modules may do
                 vars(part).update({name: value for name, value in vars(used).items() if name not in _STRUCTURE})
                 part._buffers.update(used._buffers)
             elif not used.ran:
@@ -225,14 +228,15 @@ class MergedLayer(nn.Module):
             return {name: p + self.update(lam, self.places[name]).to(p) for name, p in theta_0.items()}
 
     def run(self, lam: Tensor, *args, **kwargs):
-        # Not by functional_call, which puts θ_0 back when it returns: a checkpoint inside would run again with that in
-        # the backward pass.
+        # A copy once more: each sample has tensors of its own, and so has each run of a checkpoint. Not by
+        # functional_call, which puts θ_0 back when it returns: a checkpoint inside would run again with that.
         return _with_weights(_copied(self.layer, lam, {}), self.weights(lam))(*args, **kwargs)
 
     def forward(self, *args, **kwargs):
         if "lam" not in vars(self):  # as in the copy for one pass
             raise RuntimeError("A merged layer runs in the WEMoE module that it is a part of, not by itself.")
-        lam, x, self.ran = self.lam, _first_tensor(args, kwargs), True
+        lam, x = self.lam, _first_tensor(args, kwargs)
+        self.ran = True  # WEMoE.forward asks
         if lam.requires_grad and not torch.is_grad_enabled():
             raise RuntimeError("A merged layer ran without gradients: give checkpoint use_reentrant=False.")
         if any(p.requires_grad for p in self.parameters()):
@@ -279,7 +283,7 @@ def _copied(module: nn.Module, lam: Tensor, copies: dict[nn.Module, nn.Module]) 
     """A copy of the module for one forward pass, of the same tensors and hooks, with this λ in its merged layers.
 
     As the module itself never holds a λ, a checkpoint in it that runs again in the backward pass has the λ of its own
-    forward pass; and copies, replicas and threads keep out of each other's way.
+    forward pass; and copies, replicas and threads do not see one another's.
     """
     if module not in copies:
         copies[module] = used = object.__new__(type(module))
@@ -297,9 +301,10 @@ def _with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module
         path, _, entry = name.rpartition(".")
         part = module.get_submodule(path)
         vars(part).pop(entry, None)  # in a replica of DataParallel, tensors are plain attributes
-        if isinstance(part, nn.modules.batchnorm._NormBase) and entry in part._buffers:
+        held = part._buffers if entry in part._buffers else part._parameters
+        if held is part._buffers and isinstance(part, nn.modules.batchnorm._NormBase):
             p = p.detach()  # torch does not differentiate by running statistics
-        (part._buffers if entry in part._buffers else part._parameters)[entry] = p
+        held[entry] = p
     return module
 
 
@@ -336,7 +341,7 @@ def upscale(
     upscaled.load_state_dict(merged)
     routed: dict[nn.Module, WEMoE] = {}  # a module that the model holds under two names stays one module
     for name in _selected(pretrained, modules):
-        module, place = pretrained.get_submodule(name), upscaled.get_submodule(name)  # with θ_0; where it is routed
+        module, place = pretrained.get_submodule(name), upscaled.get_submodule(name)  # with θ_0; and its place
         if place not in routed:
             router = Router(_hidden_size(name, module) if router_depth else 0, len(models), router_depth, init_lambda)
             weight = next(p for p in _state(module).values() if _is_weight(p))
@@ -346,7 +351,7 @@ def upscale(
 
 
 def _replace(module: nn.Module, change: Callable, done: dict | None = None) -> nn.Module:
-    """The module, in place, with each part for which `change` gives another replaced by it, from the outermost on."""
+    """The module, in place, with each part for which `change` gives another replaced by that, which stays as it is."""
     done = {} if done is None else done  # a part that is held under two names stays one part
     if module not in done:
         done[module] = change(module)
@@ -377,11 +382,11 @@ def negative_information(logits: Tensor) -> Tensor:
     For mean entropy alone, one confident answer to everything is as good as any; this asks for diverse answers, too
     (Bridle et al., NeurIPS 1991; Liang et al., arXiv 2002.08546), and wants batches in which most classes appear.
     """
-    return mean_entropy(logits) - entropy(_log_softmax(logits).logsumexp(0))  # softmax of which is the mean prediction
+    return mean_entropy(logits) - entropy(_log_softmax(logits).logsumexp(0))  # logits of the mean prediction
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
-    log_p = F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    log_p = F.log_softmax(logits, dim=-1, dtype=_wide(logits))
     return log_p.clamp_min(torch.finfo(log_p.dtype).min)  # 0 log 0 = 0, too, for a logit of -inf
 
 
@@ -423,6 +428,8 @@ def adapt(
     optimizer = optimizer or torch.optim.Adam(trainable, lr)
     batches = {task: _endless(task, loader) for task, loader in loaders.items()}
     history, device = [], trainable[0].device
+    # A distributed model exchanges gradients once a step, after the last task.
+    last, no_exchange = list(loaders)[-1], getattr(model, "no_sync", nullcontext)
     with torch.inference_mode(False), torch.enable_grad():
         for step in range(start + 1, steps + 1):
             for group in optimizer.param_groups:
@@ -430,26 +437,26 @@ def adapt(
                 group["lr"] = group.setdefault("initial_lr", group["lr"]) * cosine
             optimizer.zero_grad()
             entropies = []
-            for i, task in enumerate(loaders, 1):
+            for task in loaders:
                 batch = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, next(batches[task]))
-                # A distributed model exchanges gradients once a step, after the last task.
-                exchange = nullcontext if i == len(loaders) else getattr(model, "no_sync", nullcontext)
-                with exchange():
+                with nullcontext() if task == last else no_exchange():
                     logits = heads[task](model(batch) if isinstance(batch, Tensor) else model(**batch))
                     if logits.dim() != 2 or logits.shape[1] < 2:
                         raise ValueError(f"Logits of {task!r} should be (B, C) with C > 1, not {tuple(logits.shape)}.")
                     objective(logits).backward()
                 entropies.append(mean_entropy(logits.detach()))
             norm = torch.stack([p.grad.norm() for p in trainable if p.grad is not None]).norm()
-            values = torch.stack([*entropies, norm]).tolist()
-            for what, value in zip([*(f"entropy of task {task!r}" for task in loaders), "gradient"], values):
+            values = torch.stack([*entropies, norm]).tolist()  # one wait for the GPU
+            names = [*(f"entropy of task {task!r}" for task in loaders), "gradient"]
+            for what, value in zip(names, values):
                 if not math.isfinite(value):
                     optimizer.zero_grad()
                     raise FloatingPointError(f"The {what} is {value} at step {step} of {steps}.")
             optimizer.step()
-            history.append(sum(values[:-1]) / len(loaders))
+            by_task = dict(zip(loaders, values))
+            history.append(sum(by_task.values()) / len(by_task))
             if on_step is not None:
-                on_step(step, dict(zip(loaders, values)))  # without the gradient's
+                on_step(step, by_task)
     optimizer.zero_grad()
     return history
 
@@ -481,9 +488,10 @@ def routing_weights(model: nn.Module, frozen: bool = False) -> Iterator[dict[str
     """
     weights: dict[str, Tensor] = {}
 
-    def see(name: str, _: nn.Module, __: tuple, lam: Tensor) -> Tensor:
-        weights[name] = weights.get(name, lam.detach()) if frozen else lam.detach()
-        return weights[name] if frozen else lam
+    def see(name: str, _: nn.Module, __: tuple, lam: Tensor) -> Tensor | None:
+        if frozen:
+            return weights.setdefault(name, lam.detach())  # what a hook returns replaces λ
+        weights[name] = lam.detach()
 
     routed = [(name, module) for name, module in model.named_modules() if isinstance(module, WEMoE)]
     hooks = [module.routing.register_forward_hook(functools.partial(see, name)) for name, module in routed]
@@ -528,7 +536,7 @@ def set_token_mask(model: nn.Module, mask: Tensor | None) -> None:
 def _prepare_for_text(model: nn.Module) -> nn.Module:
     """Let an `attention_mask` reach the routers, and `generate` keep the routing weights of the prompt."""
     for tower in model.modules():
-        # With pixel_values, too: the vision tower of a model of both takes off the mask of the texts.
+        # With pixel_values, too: the vision tower of a model of both is to run without the mask of the texts.
         if inspect.signature(tower.forward).parameters.keys() & {"input_ids", "pixel_values"}:
             tower.register_forward_pre_hook(_take_attention_mask, with_kwargs=True)
         if hasattr(type(tower), "generate"):
@@ -618,7 +626,7 @@ _TILE, _SAMPLES = {"cpu": 16 * 128 * 768, "cuda": 16 * 4096 * 1024}, 16
 def _tiles(lam: Tensor, theta: Tensor, layer: MergedLinear) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
     """Parts of θ_0 + Σ_t λ_bt τ_t: which samples, which rows, w (samples, rows, D_in), and τ (T, rows · D_in).
 
-    Every tile overwrites the one before: memory that is new to the process is slow.
+    Every tile overwrites the one before (memory that is new to the process is slow): use w before the next.
     """
     lam, (height, width) = lam.detach(), theta.shape
     step = max(1, _TILE.get(lam.device.type, _TILE["cuda"]) // (_SAMPLES * width))
@@ -640,8 +648,8 @@ def _tiles(lam: Tensor, theta: Tensor, layer: MergedLinear) -> Iterator[tuple[sl
 
 def _members(models: Models) -> Iterable[Model]:
     models = models.values() if isinstance(models, Mapping | nn.ModuleDict) else models
-    alone = isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList)
-    if alone or (not isinstance(models, Iterator) and any(isinstance(model, Tensor) for model in models)):
+    single = isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList)
+    if single or (not isinstance(models, Iterator) and any(isinstance(model, Tensor) for model in models)):
         raise ValueError("Models or task vectors are given in a list or by task, not one alone.")
     return models
 
@@ -670,7 +678,7 @@ def _weights(pretrained: Model, other: Model, what: str) -> tuple[dict[str, Tens
     """Two models' weights by their names. Raises ValueError, naming the entry, for what cannot be merged."""
     theta_0, theta_t = _state(pretrained), _state(other)
     both = {key: p for key, p in theta_0.items() if _is_weight(p) and _is_weight(theta_t.get(key))}
-    first = {id(p): key for key, p in reversed(both.items())}  # of a tied tensor's names
+    first = {id(p): key for key, p in reversed(both.items())}  # of a tied tensor's names, the first
     for key in sorted(theta_0.keys() | theta_t.keys()):
         wrong = _wrong(key, theta_0, theta_t, what, first)
         if wrong:
@@ -683,6 +691,7 @@ def _weights(pretrained: Model, other: Model, what: str) -> tuple[dict[str, Tens
 def _wrong(key: str, theta_0: Mapping, theta_t: Mapping, what: str, first: Mapping[int, str]) -> str | None:
     """Why the entry cannot be merged, if so; `first` is a name of each weight that both models have."""
     p, q = theta_0.get(key), theta_t.get(key)
+    # As in {"state_dict": {"weight": …}, "epoch": 3}.
     if any(isinstance(x, Mapping) and any(isinstance(y, Tensor | Mapping) for y in x.values()) for x in (p, q)):
         return "holds the weights of a checkpoint: pass these alone"
     if p is None or q is None:
@@ -701,7 +710,7 @@ def _wrong(key: str, theta_0: Mapping, theta_t: Mapping, what: str, first: Mappi
                 return f"is NaN, infinite, sparse, made in torch.inference_mode or on the meta device in {where}"
         tied = first[id(p)]
         return None if torch.equal(q, theta_t[tied]) else f"and {tied!r} are tied in the pre-trained, not in {what}"
-    if not isinstance(p, Tensor) or not isinstance(q, Tensor) or p.dim() == q.dim() == 0 and _is_index(p):
+    if not isinstance(p, Tensor) or not isinstance(q, Tensor) or (p.dim() == q.dim() == 0 and _is_index(p)):
         return None  # counters may differ
     numbers = [(x.dequantize() if x.is_quantized else x).cpu().to(torch.complex128) for x in (p, q)]
     return None if torch.equal(*numbers) else f"differs and is {p.dtype} and {q.dtype}: dequantise it first"
@@ -715,7 +724,7 @@ def check_mergeable(module: nn.Module) -> None:
     """Raise ValueError, naming the part, for a module whose copy would not run with other weights than its own."""
     for name, part in module.named_modules():
         attributes = [value for key, value in vars(part).items() if key not in _STRUCTURE and "hook" not in key]
-        kept = [getattr(leaf, "__self__", leaf) for leaf in tree_leaves(attributes)]  # of a method, its module
+        kept = [getattr(leaf, "__self__", leaf) for leaf in tree_leaves(attributes)]  # a method counts as its module
         tensors = [leaf for leaf in kept if isinstance(leaf, Tensor)]
         wrong = None
         if "forward" in vars(part) or isinstance(part, torch.jit.ScriptModule):
@@ -750,7 +759,8 @@ def _of_sample(leaf: object, b: int, x: Tensor, batch: int) -> object:
         raise ValueError(f"{what}: leave it out, as use_cache=False does.")
     if not isinstance(leaf, Tensor) or leaf.dim() == 0 or len(leaf) != batch:
         return leaf
-    axes = x.shape[1:] if leaf.dim() == 1 else x.shape[1:-1]  # a vector (D,) when B = D, a mask (N, N) when B = N
+    # Other axes of x that its first could be: a vector (D,) when B = D, a mask (N, N) when B = N.
+    axes = x.shape[1:] if leaf.dim() == 1 else x.shape[1:-1]
     if leaf.dim() < x.dim() and batch in axes:
         what = f"An argument of shape {tuple(leaf.shape)} may belong to the samples or to another axis of the input"
         raise ValueError(f"{what} {tuple(x.shape)}: use another batch size.")
@@ -759,7 +769,8 @@ def _of_sample(leaf: object, b: int, x: Tensor, batch: int) -> object:
 
 def _selected(model: nn.Module, modules: str | Callable[[str, nn.Module], bool] | None) -> list[str]:
     """Names of the modules to route: those that `modules` selects, hold weights, and lie in no other such module."""
-    wanted = modules if callable(modules) else lambda name, _: re.search(_MLP if modules is None else modules, name)
+    pattern = _MLP if modules is None else modules
+    wanted = pattern if callable(pattern) else lambda name, _: re.search(pattern, name)
     named = {n: m for n, m in model.named_modules(remove_duplicate=False) if any(map(_is_weight, _state(m).values()))}
     names: list[str] = []
     for name, module in named.items():  # parents come before their children
@@ -777,12 +788,10 @@ def _selected(model: nn.Module, modules: str | Callable[[str, nn.Module], bool] 
 
 def _batch_first(name: str, named: Mapping[str, nn.Module]) -> bool:
     """Whether samples come first in the attention that is nearest: in the module, or in one of those around it."""
-    for i in range(name.count(".") + 2):
-        around = named[name.rsplit(".", i)[0] if i <= name.count(".") else ""]
-        attentions = [module for module in around.modules() if isinstance(module, nn.MultiheadAttention)]
-        if attentions:
-            return all(module.batch_first for module in attentions)
-    return True
+    attentions = [module for module in named[name].modules() if isinstance(module, nn.MultiheadAttention)]
+    if attentions or not name:
+        return all(module.batch_first for module in attentions)
+    return _batch_first(name.rpartition(".")[0], named)
 
 
 def _hidden_size(name: str, module: nn.Module) -> int:
