@@ -44,7 +44,7 @@ from data import baselines, experiments, report
 from data.dependencies import code_of
 from data.experiments import ADAPTATION, TRAINING_IMAGES, VALIDATION
 from data.files import alone
-from data.miniature import load_pretrained, render
+from data.miniature import render
 from data.miniature import suite as miniature
 from data.paper import hub, published
 from data.paper import suite as paper_suites
@@ -101,11 +101,12 @@ def ended(pid: int) -> int:
 
 TRAINING = Training(images=24, steps=10, lr=3e-3, batch_size=8, warmup=1)
 WIDTH, BLOCKS = 32, 2  # of the vision tower that stands in for the shipped one
+SHIPPED = miniature.load_pretrained
 
 
 def small_clip() -> open_clip.CLIP:
     """The shipped text tower beside a vision tower that is smaller, and untrained."""
-    clip = load_pretrained()
+    clip = SHIPPED()
     torch.manual_seed(0)
     clip.visual = open_clip.transformer.VisionTransformer(32, 8, WIDTH, BLOCKS, 2, 4, output_dim=128)
     return clip.eval()
@@ -182,7 +183,7 @@ def test_results_are_those_of_the_contract(small, tmp_path, capsys, monkeypatch)
 
 def test_what_the_miniature_merges_is_the_shipped_tower(small, monkeypatch):
     """Which the other tests replace: it knows most of the answers before any training."""
-    monkeypatch.setattr(miniature, "load_pretrained", load_pretrained)
+    monkeypatch.setattr(miniature, "load_pretrained", SHIPPED)
     (method,) = small("--methods", "pre-trained")[1]["methods"]
     assert method["average"] > 50 and method["total_parameters"] > 10**6
 
