@@ -1081,11 +1081,13 @@ def group_exists(pid: int) -> bool:
 
 
 def test_a_signal_while_libraries_load_ends_it_without_a_traceback():
-    process = subprocess.Popen([sys.executable, HERE / "reproduce.py"], stderr=subprocess.PIPE, text=True)
-    time.sleep(1)
+    command = [sys.executable, "-X", "importtime", HERE / "reproduce.py"]  # says which modules are there
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert any("torch" in line for line in process.stderr)
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130 or os.name == "nt"
-    assert "interrupted" in (error := process.stderr.read()) and "Traceback" not in error
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 or os.name == "nt"
+    assert "interrupted" in error and "Traceback" not in error
 
 
 # ------------------------------------------------------------------------------------------
