@@ -4,7 +4,6 @@ The small modules, and what is close, are those of test_wemoe.py.
 """
 
 import copy
-import io
 import math
 import re
 from functools import partial
@@ -20,6 +19,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+import test_wemoe
 import wemoe
 from data import baselines
 from data.baselines import (
@@ -55,6 +55,7 @@ from data.baselines import (
 )
 from data.suite import Adaptation, Suite, evaluate_task_free, routed
 from test_wemoe import (
+    DEGENERATE,
     MLPS,
     Fixed,
     Gated,
@@ -63,7 +64,9 @@ from test_wemoe import (
     axes,
     batch_sizes,
     close,
+    degenerate,
     family,
+    gradients,
     randomised,
     same,
     seeds,
@@ -94,8 +97,7 @@ def output_and_gradients(module: nn.Module, x: Tensor) -> list[Tensor]:
     """y, and the gradients of its sum with some weights in x and in all that is trainable."""
     x = x.clone().requires_grad_()
     y = module(x)
-    weights = torch.linspace(-1, 1, y.numel()).view_as(y)
-    return [y, *torch.autograd.grad((y * weights).sum(), [x, *(p for p in module.parameters() if p.requires_grad)])]
+    return [y, *gradients(y, x, module)]
 
 
 # ---- TIES, EMR, Fisher merging, RegMean ------------------------------------------------------------------------------
@@ -578,11 +580,7 @@ def test_nothing_of_what_is_merged_is_changed(merging):
 
 # ---- Sparse and low-rank task vectors, E-WEMoE -----------------------------------------------------------------------
 
-LAYERS = {
-    "dense": None,
-    "sparse": partial(SparseLinear, keep=0.4),
-    "low rank": partial(LowRankLinear, rank=2),
-}
+LAYERS = {"sparse": partial(SparseLinear, keep=0.4), "low rank": partial(LowRankLinear, rank=2)}
 drawn_layers = st.sampled_from(
     [partial(SparseLinear, keep=k) for k in (0.05, 0.4, 1.0)] + [partial(LowRankLinear, rank=r) for r in (1, 3, 99)]
 )
@@ -591,6 +589,16 @@ drawn_layers = st.sampled_from(
 @pytest.fixture(params=LAYERS)
 def layer(request):
     return LAYERS[request.param]
+
+
+# What must be true of any form of a linear layer, with these.
+test_no_samples_or_no_tokens = test_wemoe.test_no_samples_or_no_tokens_give_none
+test_gradients_against_finite_differences = test_wemoe.test_gradients_against_finite_differences
+test_copies_and_saved_modules_are_equal = test_wemoe.test_copies_and_saved_modules_are_equal
+test_other_types = test_wemoe.test_other_types
+test_autocast = test_wemoe.test_bfloat16_autocast_gives_the_type_of_a_dense_module_and_nearly_the_same
+test_degenerate_task_vectors = test_wemoe.test_degenerate_task_vectors_give_finite_models
+test_on_a_gpu = test_wemoe.test_gpu_gives_what_the_cpu_gives
 
 
 def linear_parts(module: nn.Module) -> dict[str, nn.Module]:
@@ -644,13 +652,6 @@ def test_truncated_matrices_are_the_best_of_their_rank(kind, tasks, rank, seed):
             assert torch.linalg.matrix_rank(truncated, rtol=1e-4) <= rank
 
 
-@pytest.mark.parametrize("kind", ["plain", "normed", "gated"])
-def test_gradients_of_every_form_against_finite_differences(layer, kind):
-    module = WEMoE(*family(kind, 4, 2, 0), Fixed(torch.zeros(3, 2)), layer=layer).double()
-    x, lam = torch.randn(3, 2, 4).double().requires_grad_(), torch.randn(3, 2).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, lam: functional_call(module, {"router.lam": lam}, (x,)), (x, lam))
-
-
 @pytest.mark.parametrize("depth", [0, 1, 2])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_low_rank_factors_are_never_multiplied_in_a_forward_pass(depth, batch, monkeypatch):
@@ -690,65 +691,22 @@ def test_sparse_and_low_rank_forms_really_take_less_memory(tasks):
     assert size(partial(LowRankLinear, rank=3)) == low_rank
 
 
-def test_copies_and_saved_modules_are_equal(layer):
-    module, x = WEMoE(*family("plain", 8, 3, 0), randomised(Router(8, 3), 0.2), layer=layer), torch.randn(4, 5, 8)
-    module(x)  # a copy after a forward pass must work, too
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    fresh = WEMoE(*family("plain", 8, 3, 1), Router(8, 3), layer=layer)
-    fresh.load_state_dict(module.state_dict())
-    for other in (copy.deepcopy(module), torch.load(file, weights_only=False), fresh):
-        same(other(x), module(x))
-        assert trained(other).keys() == trained(module).keys() == {f"router.{n}" for n in trained(module.router)}
-
-
-@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-5), (torch.bfloat16, 0.1), (torch.float16, 0.02)])
-@pytest.mark.parametrize("batch", [1, 4])
-def test_other_types(layer, dtype, atol, batch):
-    module, x = WEMoE(*family("plain", 8, 3, 0), randomised(Router(8, 3), 0.2), layer=layer), torch.randn(batch, 5, 8)
-    converted = copy.deepcopy(module).to(dtype)
-    y = converted(x.to(dtype))
-    assert y.dtype == dtype
-    torch.testing.assert_close(y.float(), module(x), atol=atol, rtol=0.05)
-    y.float().square().mean().backward()
-    assert all(p.grad.isfinite().all() and p.grad.any() for p in converted.router.parameters())
-
-
-@pytest.mark.parametrize("kind", ["plain", "normed", "gated"])
-def test_bfloat16_autocast_gives_the_type_of_a_dense_module_and_nearly_the_same(kind, layer):
-    pretrained, finetuned = family(kind, 8, 2, 0)
-    module = WEMoE(pretrained, finetuned, Fixed(torch.eye(2)[:1].repeat(4, 1)), layer=layer)
-    x = torch.randn(4, 5, 8, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        y, dense = module(x), finetuned[0](x)
-        loss = y.float().square().mean()
-    assert y.dtype == dense.dtype
-    torch.testing.assert_close(y.float(), module(x), atol=0.1, rtol=0.05)
-    loss.backward()
-    (reference,) = torch.autograd.grad(module(x).square().mean(), module.router.lam)
-    torch.testing.assert_close(module.router.lam.grad, reference, atol=0.05, rtol=0.1)
-
-
-def test_an_empty_batch_and_one_row_for_all_samples():
+def test_one_row_serves_all_samples():
     module = WEMoE(*family("linear", 4, 2, 0), randomised(Router(4, 2)), layer=LAYERS["low rank"])
-    assert module(torch.zeros(0, 3, 4)).shape == (0, 3, 5)
     part, x, lam = module.pretrained, torch.randn(1, 3, 4), torch.randn(6, 2)
     close(part.each(lam, x), torch.cat([part.each(row[None], x) for row in lam]))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_gpu_gives_what_the_cpu_gives(layer):
-    module, x = WEMoE(*family("plain", 8, 3, 0), randomised(Router(8, 3), 0.2), layer=layer), torch.randn(4, 5, 8)
-    torch.testing.assert_close(module.cuda()(x.cuda()).cpu(), module.cpu()(x), atol=1e-4, rtol=1e-4)
-    for merging in (ada_merging, concrete):
-        models = layers(3)
-        for model in (merging(models), merging([m.cuda() for m in models])):
-            with torch.no_grad():
-                on_gpu = model.cuda()(x[0, :, :4].cuda()).cpu()
-                torch.testing.assert_close(on_gpu, model.cpu()(x[0, :, :4]), atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("merging", [ada_merging, concrete])
+def test_merging_on_a_gpu_gives_what_the_cpu_gives(merging):
+    models, x = layers(3), torch.randn(5, 4)
+    for model in (merging(models), merging([m.cuda() for m in models])):
+        with torch.no_grad():
+            torch.testing.assert_close(model.cuda()(x.cuda()).cpu(), model.cpu()(x), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("layer", [None, *LAYERS.values()])
 def test_a_whole_transformer_with_one_router_or_many(layer):
     """Routers with the same weights do what one shared router does; its gradient is the sum of theirs."""
     torch.manual_seed(0)
@@ -1114,24 +1072,11 @@ def test_mass_prefers_the_task_in_whose_directions_a_token_lies():
 
 # ---- Degenerate task vectors, and errors -----------------------------------------------------------------------------
 
-DEGENERATE = {
-    "zero": lambda pretrained, _: copy.deepcopy(pretrained.state_dict()),
-    "constant": lambda pretrained, _: {name: p + 0.5 for name, p in pretrained.state_dict().items()},
-    "identical": lambda _, finetuned: finetuned.state_dict(),
-    "tiny": lambda pretrained, _: {name: p * (1 + 1e-30) + 1e-42 for name, p in pretrained.state_dict().items()},
-    "ill-conditioned": lambda pretrained, _: {
-        n: p + torch.logspace(-37, 6, p.numel()).view_as(p) for n, p in pretrained.state_dict().items()
-    },
-}
-
 
 @pytest.mark.parametrize("name", DEGENERATE)
-def test_degenerate_task_vectors_give_finite_models(name, layer):
-    pretrained, (one,) = family("plain", 6, 1, 0)
-    finetuned = [copy.deepcopy(one) for _ in range(3)]
-    for module in finetuned:
-        module.load_state_dict(DEGENERATE[name](pretrained, one))
-    vectors = [task_vector(pretrained, module) for module in finetuned]
+def test_degenerate_task_vectors_give_finite_merges(name):
+    pretrained, states = degenerate(name)
+    vectors = [task_vector(pretrained, state) for state in states]
     unified, _, rescalers = emr(vectors)
     assert all(math.isfinite(value) for value in rescalers)
     merged = [ties(vectors), ties(vectors, merge="mean"), *trim_and_elect(vectors), unified, trim(vectors[0])]
@@ -1142,10 +1087,6 @@ def test_degenerate_task_vectors_give_finite_models(name, layer):
         assert all(p.isfinite().all() for p in tau.values())
     if name in ("zero", "identical"):
         close(ties(vectors, keep=1.0, merge="mean"), vectors[0])
-    module = WEMoE(pretrained, finetuned, Router(6, 3), layer=layer)
-    y = module(1e-3 * torch.randn(4, 2, 6))
-    y.sum().backward()
-    assert y.isfinite().all() and all(p.grad.isfinite().all() for p in module.router.parameters())
 
 
 LINEAR = nn.Linear(2, 2)

@@ -1,6 +1,7 @@
 """What must be true of the benchmark: what is timed is equal, and all that is measured is reported and kept."""
 
 import json
+from functools import partial
 from unittest import mock
 
 import torch
@@ -40,11 +41,8 @@ def test_bench_measures_ours_the_loop_and_the_dense_model(monkeypatch, tmp_path,
     assert "differs from the loop" in capsys.readouterr().err
 
 
-def allocate(count: int) -> tuple:
-    return (lambda: torch.ones(count).sum()), torch.device("cpu")
-
-
 def test_medians_and_peaks_are_measured():
     calls = {"one": lambda: None, "other": lambda: None}
     assert bench.medians(calls, torch.device("cpu"), seconds=0).keys() == calls.keys()
-    assert 2**25 < bench.peak_bytes(allocate, 2**24) < 2**28  # 2**26 bytes, and what else torch takes
+    ones = partial(torch.ones, 2**24), torch.device("cpu")
+    assert 2**25 < bench.peak_bytes(tuple, ones) < 2**28  # 2**26 bytes, and what else torch takes

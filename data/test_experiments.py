@@ -13,10 +13,12 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import partial
@@ -44,7 +46,6 @@ from data.experiments import ADAPTATION, TRAINING_IMAGES, VALIDATION
 from data.files import alone
 from data.miniature import render
 from data.miniature import suite as miniature
-from data.miniature.corruptions import CORRUPTIONS
 from data.paper import hub, published
 from data.paper import suite as paper_suites
 from data.paper.test_paper import (
@@ -73,19 +74,54 @@ def model():
     return randomise(open_clip.create_model(TINY.model)).eval()
 
 
+forked = pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has loaded everything already")
+
+
+def in_fork(function, *arguments) -> int:
+    """The process number of a fork that runs a function, quietly, in a process group of its own."""
+    if pid := os.fork():
+        return pid
+    try:
+        os.setsid()
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1), os.dup2(quiet, 2)
+        os._exit(function(*arguments))
+    finally:
+        os._exit(99)
+
+
+def ended(pid: int) -> int:
+    """Its exit status, when it has one."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
 # ------------------------------------------------------------------------------------------
 # reproduce.py from end to end, on two tasks, with hardly any training
 # ------------------------------------------------------------------------------------------
 
-TRAINING = Training(images=24, steps=2, lr=5e-4, batch_size=8)
+TRAINING = Training(images=24, steps=10, lr=3e-3, batch_size=8, warmup=1)
+WIDTH, BLOCKS = 32, 2  # of the vision tower that stands in for the shipped one
+SHIPPED = miniature.load_pretrained
+
+
+def small_clip() -> open_clip.CLIP:
+    """The shipped text tower beside a vision tower that is smaller, and untrained."""
+    clip = SHIPPED()
+    torch.manual_seed(0)
+    clip.visual = open_clip.transformer.VisionTransformer(32, 8, WIDTH, BLOCKS, 2, 4, output_dim=128)
+    return clip.eval()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_miniature():
-    """Few images, little training, and figures that are made but not drawn, which takes most of the time."""
+    """Small models, few images, little training, and figures that are made but not drawn, which takes most of the time.
+
+    Experts learn enough for accuracies to differ.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(miniature, "load_pretrained", small_clip)
         patch.setattr(miniature, "TRAINING", TRAINING)
-        patch.setattr(miniature, "TEST_IMAGES", 12)
+        patch.setattr(miniature, "TEST_IMAGES", 24)
         patch.setattr(report, "save", lambda figure, path: path.write_bytes(b""))
         yield
 
@@ -129,7 +165,7 @@ def test_results_are_those_of_the_contract(small, tmp_path, capsys, monkeypatch)
         assert set(method["accuracy"]) == {"Signs", "Digits"}
         assert method["average"] == pytest.approx(sum(method["accuracy"].values()) / 2, abs=0.011)
     methods = {method["name"]: method for method in results["methods"]}
-    assert methods["WEMoE"]["trainable_parameters"] == 4 * (192 * 192 + 192 + 192 * 2 + 2)
+    assert methods["WEMoE"]["trainable_parameters"] == BLOCKS * (WIDTH * WIDTH + WIDTH + WIDTH * 2 + 2)
     assert methods["Individual"]["total_parameters"] == 2 * methods["Pre-trained"]["total_parameters"]
     assert [point["scaling"] for point in methods["Task Arithmetic"]["curve"]] == [0.1, 0.2, 0.3, 0.4, 0.6, 1]
     assert methods["Task Arithmetic"]["curve"][2]["average"] == pytest.approx(
@@ -143,6 +179,13 @@ def test_results_are_those_of_the_contract(small, tmp_path, capsys, monkeypatch)
     printed = capsys.readouterr().out
     assert (folder / "table.md").read_text() in printed
     assert all(claim["claim"] in printed for claim in results["claims"])
+
+
+def test_what_the_miniature_merges_is_the_shipped_tower(small, monkeypatch):
+    """Which the other tests replace: it knows most of the answers before any training."""
+    monkeypatch.setattr(miniature, "load_pretrained", SHIPPED)
+    (method,) = small("--methods", "pre-trained")[1]["methods"]
+    assert method["average"] > 50 and method["total_parameters"] > 10**6
 
 
 def test_interrupted_it_goes_on_and_ends_with_the_same_results(usual, small, monkeypatch):
@@ -277,7 +320,7 @@ def test_experiments_from_end_to_end(name, shared, monkeypatch, capsys):
         assert " ± " in table
     found = {len(outcome["routing"]) for outcome in outcomes if "routing" in outcome}
     if several and outcomes:
-        assert found == {"layers": {2, 4}, "modules": {4, 8}, "landscape": set()}.get(name, {4})  # routed modules
+        assert found == {"layers": {1, 2}, "modules": {2, 4}, "landscape": set()}.get(name, {BLOCKS})  # routed modules
     if name == "unload":
         assert all(claim["holds"] for claim in results["claims"]) and len(results["claims"]) == 2
     if name == "routing":
@@ -550,55 +593,50 @@ def test_claims_hold_where_the_paper_stands_and_fall_one_by_one():
 # reproduce.py on the paper's suite: a mirror in the real layout with a tiny CLIP in the place of ViT-B/32
 # ------------------------------------------------------------------------------------------
 
-SETTING_UP = f"""
-import json, sys
-from pathlib import Path
-sys.path.insert(0, {str(HERE)!r})
-import open_clip
-import reproduce
-from data.paper import hub
-open_clip.add_model_config(Path(sys.argv[1]))
-hub.ARCHITECTURES["ViT-B-32"] = hub.Architecture(*json.loads(sys.argv[2]))
-sys.exit(reproduce.main(sys.argv[3:]))
-"""
 
-
-@pytest.fixture
-def paper(monkeypatch, tmp_path, model):
-    """A function that runs `reproduce.py ViT-B-32 --hub MIRROR` and returns exit status and results."""
-    monkeypatch.setitem(hub.ARCHITECTURES, "ViT-B-32", TINY._replace(name="ViT-B-32"))
-    mirror, two = tmp_path / "hub", ["EuroSAT", "SVHN"]
-    file = mirror / TINY.repo / "open_clip_model.safetensors"
-    file.parent.mkdir(parents=True)
-    save_file(model.state_dict(), file)
-    for seed, task in enumerate(hub.TASKS):
-        file = mirror / hub.expert_repo(TINY, task) / "model.safetensors"
-        file.parent.mkdir(parents=True)
+def write_mirror(folder: Path, model: nn.Module, tasks: Iterable[str], count: int) -> None:
+    """In the hub's layout a pre-trained model, and an expert and so many test images of each task."""
+    save_file(model.state_dict(), made(folder / TINY.repo / "open_clip_model.safetensors"))
+    for seed, task in enumerate(tasks):
         state = tiny_hugging_face().state_dict()
         torch.manual_seed(seed)
         state = {name: p + 0.05 * torch.randn_like(p) for name, p in state.items()}
-        save_file(state, file)
-        write_set(mirror, task, count=18, seed=seed)
+        save_file(state, made(folder / hub.expert_repo(TINY, task) / "model.safetensors"))
+        write_set(folder, task, count=count, seed=seed)
+
+
+def made(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def mirror(tmp_path_factory, model) -> Path:
+    """A mirror of all eight tasks, which tests may add to, but not change."""
+    folder = tmp_path_factory.mktemp("mirror") / "hub"
+    write_mirror(folder, model, hub.TASKS, count=18)
+    for seed, task in enumerate(hub.TASKS):
+        write_set(folder, task, count=20, seed=50 + seed, split="train")
+    return folder
+
+
+@pytest.fixture
+def paper(monkeypatch, tmp_path, mirror):
+    """A function that runs `reproduce.py ViT-B-32 --hub MIRROR` and returns exit status and results.
+
+    The runs share the decoded images in `run.cache`.
+    """
+    monkeypatch.setitem(hub.ARCHITECTURES, "ViT-B-32", TINY._replace(name="ViT-B-32"))
+    for task in hub.TASKS:
         monkeypatch.setitem(hub.TASKS, task, hub.TASKS[task]._replace(images=18))
 
-    def run(*arguments: str, output: str = "results", tasks=two, folder: str = "ViT-B-32") -> tuple[int, dict]:
-        status = reproduce.main(run.arguments(*arguments, output=output, tasks=tasks))
+    def run(*more: str, output: str = "results", tasks=("EuroSAT", "SVHN"), folder: str = "ViT-B-32") -> tuple:
+        given = ["--hub", str(mirror), "--cache", str(run.cache), "--output", str(tmp_path / output), "--steps", "4"]
+        status = reproduce.main(["ViT-B-32", *given, *(["--tasks", *tasks] if tasks else []), *more])
         file = tmp_path / output / folder / "results.json"
         return status, json.loads(file.read_text()) if file.exists() else {}
 
-    def arguments(*more: str, output: str = "results", tasks=two) -> list[str]:
-        given = [
-            "ViT-B-32",
-            "--hub",
-            str(mirror),
-            "--cache",
-            str(tmp_path / "cache"),
-            "--output",
-            str(tmp_path / output),
-        ]
-        return [*given, "--steps", "10", *(["--tasks", *tasks] if tasks else []), *more]
-
-    run.arguments, run.hub = arguments, mirror
+    run.cache = mirror.with_name("cache")
     return run
 
 
@@ -607,10 +645,7 @@ def test_the_papers_suite_from_end_to_end(paper, tmp_path, capsys):
     assert status == 1  # random weights do not reach the published figures
     assert results["tasks"] == list(hub.TASKS) and len(results["methods"]) == 3
     claimed = [claim["claim"].split(" is within ")[0] for claim in results["claims"]]
-    assert claimed == [
-        "Pre-trained",
-        "Individual",
-    ]  # WEMoE was adapted in fewer steps, and in another way than the hub's
+    assert claimed == ["Pre-trained", "Individual"]  # WEMoE was adapted in fewer steps, in another way than the hub's
     assert "0.5 points of the published average (hub)" in results["claims"][1]["claim"]
     printed = capsys.readouterr().out
     assert "GB to download and" in printed
@@ -626,11 +661,8 @@ def test_the_papers_suite_from_end_to_end(paper, tmp_path, capsys):
 @pytest.mark.parametrize(
     "methods, left",
     [
-        (
-            ["WEMoE (0-layer)", "WEMoE (1-layer)", "WEMoE"],
-            3 + 10 + 10,
-        ),  # ten steps each, seven done
-        (["Concrete Task Arithmetic"], 14),  # of twenty steps; what is random, its masks, is drawn as if not killed
+        (["WEMoE (0-layer)", "WEMoE"], 2 + 4),  # four steps each, two done
+        (["Concrete Task Arithmetic"], 6),  # of eight steps; what is random, its masks, is drawn as if not killed
     ],
 )
 def test_an_adaptation_goes_on_where_it_was_killed(methods, left, paper, monkeypatch):
@@ -640,21 +672,19 @@ def test_an_adaptation_goes_on_where_it_was_killed(methods, left, paper, monkeyp
 
     def killed(logits):
         calls.append(1)
-        if len(calls) == 30:  # in the eighth step of the first adaptation: twice for each of two tasks
+        if len(calls) == 10:  # in the third step of the first adaptation: twice for each of two tasks
             raise KeyboardInterrupt
         return entropy_(logits)
 
     monkeypatch.setattr(wemoe, "entropy", killed)
     assert paper() == (130, {})
     _, results = paper()
-    assert len(calls) == 30 + 4 * left
+    assert len(calls) == 10 + 4 * left
     assert without_timings(results) == without_timings(expected)
 
 
-def test_other_experiments_on_the_papers_suite(paper, tmp_path):
+def test_other_experiments_on_the_papers_suite(paper, mirror, tmp_path, monkeypatch):
     """Corrupted images are splits of the data sets, images that methods look at come from the train split."""
-    for seed, task in enumerate(hub.TASKS):
-        write_set(paper.hub, task, count=20, seed=50 + seed, split="train")
     names = ["Task Arithmetic", "RegMean", "WEMoE"]
     folder = "ViT-B-32/generalization"
     options = ["--experiment", "generalization", "--methods", *names, "--steps", "1"]
@@ -666,30 +696,36 @@ def test_other_experiments_on_the_papers_suite(paper, tmp_path):
         assert {"Task Arithmetic", "RegMean"} <= set(names) and "WEMoE" not in names  # it adapted in one step, not 1000
     assert "  published (hub)" in (tmp_path / "results" / folder / "table.md").read_text()
 
-    tasks = published.ROBUSTNESS_TASKS
-    for seed, (task, corruption) in enumerate(itertools.product(tasks, CORRUPTIONS)):
-        write_set(paper.hub, task, count=6, seed=seed, split=corruption)
+    tasks, kinds = published.ROBUSTNESS_TASKS, ("contrast", "spatter")  # of the seven
+    for seed, (task, corruption) in enumerate(itertools.product(tasks, kinds)):
+        write_set(mirror, task, count=6, seed=seed, split=corruption)
+    corrupted = partial(experiments.corrupted_conditions, kinds=kinds)
+    two_kinds = replace(reproduce.EXPERIMENTS["robustness"], conditions=corrupted, splits=kinds)
+    monkeypatch.setitem(reproduce.EXPERIMENTS, "robustness", two_kinds)
     options = ["--experiment", "robustness", "--methods", "Task Arithmetic", "--limit", "4"]
     status, results = paper(*options, tasks=None, folder="ViT-B-32-first4/robustness")
     assert status == 0 and results["tasks"] == [task for task in hub.TASKS if task in tasks]
-    assert len(results["conditions"]) == 8
-    decoded = {tuple(file.name.split("-")[:3]) for file in (tmp_path / "cache").glob("*-first4-*.npy")}
-    assert decoded == set(itertools.product(tasks, ["test", *CORRUPTIONS], ["first4"]))
+    assert len(results["conditions"]) == 3
+    decoded = {tuple(file.name.split("-")[:3]) for file in paper.cache.glob("*-first4-*.npy")}
+    assert decoded == set(itertools.product(tasks, ["test", *kinds], ["first4"]))
     assert not any(condition["published"] for condition in results["conditions"])  # of four images each
 
 
-def test_two_processes_give_what_one_gives(paper, tmp_path, tiny):  # noqa: F811 (the fixture)
-    names = ["--methods", "Individual", "WEMoE"]
-    _, one = paper(*names, output="one")
-    (tmp_path / "run.py").write_text(SETTING_UP)
-    architecture = json.dumps(TINY._replace(name="ViT-B-32"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(tmp_path / "run.py"), str(tiny), architecture]
-    command += [*paper.arguments(*names, output="two"), "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    file = tmp_path / "two" / "ViT-B-32" / "results.json"
-    assert file.exists(), done.stderr
-    two = json.loads(file.read_text())
+@forked
+def test_two_processes_give_what_one_gives(paper, tmp_path):
+    """Each finds its place in the environment, as torchrun tells it."""
+    run = partial(paper, "--methods", "Individual", "WEMoE", "--device", "cpu")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # which is free
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+    def process(number: int) -> int:
+        os.environ.update(place, RANK=str(number), LOCAL_RANK=str(number))
+        return run(output="two")[0]
+
+    _, one = run(output="one")
+    assert [ended(pid) for pid in [in_fork(process, number) for number in (0, 1)]] == [0, 0]
+    two = json.loads((tmp_path / "two/ViT-B-32/results.json").read_text())
     for ours, theirs in zip(two["methods"], one["methods"]):
         assert ours["accuracy"] == theirs["accuracy"]
     curves = [results["methods"][0]["adaptation"]["entropy"] for results in (one, two)]
@@ -749,8 +785,6 @@ def test_closeness_is_claimed_like_with_like(paper, authors, tmp_path, monkeypat
 
 def test_experts_fine_tuned_here(paper, monkeypatch):
     monkeypatch.setattr(paper_suites, "TRAINING", TRAINING)
-    for seed, task in enumerate(("EuroSAT", "SVHN")):
-        write_set(paper.hub, task, count=20, seed=50 + seed, split="train")
     status, results = paper("--finetune", "--methods", "individual", folder="ViT-B-32-finetune")
     assert status in (0, 1) and results["methods"][0]["name"] == "Individual"
 
@@ -766,20 +800,9 @@ def finished(tmp_path_factory, model):
     root = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(hub.ARCHITECTURES, "ViT-B-32", TINY._replace(name="ViT-B-32"))
-        save_file(model.state_dict(), made(root / "hub" / TINY.repo / "open_clip_model.safetensors"))
-        for seed, task in enumerate(("EuroSAT", "SVHN")):
-            state = tiny_hugging_face().state_dict()
-            torch.manual_seed(seed)
-            state = {name: p + 0.05 * torch.randn_like(p) for name, p in state.items()}
-            save_file(state, made(weights_of(root, task)))
-            write_set(root / "hub", task, count=9, seed=seed)
+        write_mirror(root / "hub", model, ("EuroSAT", "SVHN"), count=9)
         assert reproduce.main([*run_in(root), "--methods", "pre-trained"]) in (0, 1)
     return root
-
-
-def made(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 def run_in(root: Path) -> list[str]:
@@ -971,22 +994,6 @@ def test_a_run_leaves_a_folder_to_the_run_that_has_it(small, tmp_path, capsys):
     assert small("--methods", "pre-trained")[1]
 
 
-forked = pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has loaded everything already")
-
-
-def in_fork(function, *arguments) -> int:
-    """The process number of a fork that runs a function, quietly, in a process group of its own."""
-    if pid := os.fork():
-        return pid
-    try:
-        os.setsid()
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 1), os.dup2(quiet, 2)
-        os._exit(function(*arguments))
-    finally:
-        os._exit(99)
-
-
 def counting(fatal: int, log: Path, run) -> int:
     """Run, noting what happens: images rendered, steps taken, files half and wholly written. Dies at one of these."""
     events = []
@@ -1028,8 +1035,7 @@ def test_killed_anywhere_and_started_again_it_ends_with_the_same_results(small, 
     run = partial(small, "--methods", *methods, "--tasks", "signs", "--steps", "3")
     silent = replace(reproduce.EXPERIMENTS["main"], show=lambda _: experiments.Shown())
     monkeypatch.setitem(reproduce.EXPERIMENTS, "main", silent)
-    wait = lambda pid: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])  # noqa: E731
-    status = wait(in_fork(counting, 0, tmp_path / "log", lambda: run(output="whole")[0]))
+    status = ended(in_fork(counting, 0, tmp_path / "log", lambda: run(output="whole")[0]))
     events, random = json.loads((tmp_path / "log").read_text()), np.random.default_rng(0)
     expected = without_timings(json.loads((tmp_path / "whole/miniature/results.json").read_text()))
     kinds = sorted(set(events))
@@ -1038,7 +1044,7 @@ def test_killed_anywhere_and_started_again_it_ends_with_the_same_results(small, 
         moments = [moment for moment, event in enumerate(events, 1) if event == kind]
         for fatal in random.permutation(moments)[: 10 if NIGHTLY else 2 if kind.startswith("half") else 1].tolist():
             here = partial(run, output=f"killed{fatal}")
-            assert wait(in_fork(counting, fatal, tmp_path / "log", lambda here=here: here()[0])) == -signal.SIGKILL
+            assert ended(in_fork(counting, fatal, tmp_path / "log", lambda here=here: here()[0])) == -signal.SIGKILL
             again, results = here()
             assert again == status and without_timings(results) == expected, (kind, fatal)
             assert not list((tmp_path / f"killed{fatal}").rglob("*.part"))
@@ -1075,11 +1081,13 @@ def group_exists(pid: int) -> bool:
 
 
 def test_a_signal_while_libraries_load_ends_it_without_a_traceback():
-    process = subprocess.Popen([sys.executable, HERE / "reproduce.py"], stderr=subprocess.PIPE, text=True)
-    time.sleep(1)
+    command = [sys.executable, "-X", "importtime", HERE / "reproduce.py"]  # says which modules are there
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert any("torch" in line for line in process.stderr)
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130 or os.name == "nt"
-    assert "interrupted" in (error := process.stderr.read()) and "Traceback" not in error
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 or os.name == "nt"
+    assert "interrupted" in error and "Traceback" not in error
 
 
 # ------------------------------------------------------------------------------------------
@@ -1098,11 +1106,12 @@ def test_the_examples_in_readme_run_as_written(tmp_path, monkeypatch):
         exec(compile(example, "README.md", "exec"), {})
 
 
-def test_a_terminal_without_a_tick_gets_something_else(tmp_path):
-    say = "import io, sys, reproduce; reproduce.run = lambda _: print('\u2713') or True; sys.exit(reproduce.main([]))"
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(HERE)}
-    done = subprocess.run([sys.executable, "-c", say], env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "?\n"), done.stderr
+def test_a_terminal_without_a_tick_gets_something_else(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    monkeypatch.setattr(reproduce, "run", lambda _: print("\u2713") or True)
+    assert reproduce.main(["--output", str(tmp_path)]) == 0
+    sys.stdout.flush()
+    assert sys.stdout.buffer.getvalue() == b"?\n"
 
 
 def test_a_result_is_kept_until_the_code_of_its_own_method_changes(monkeypatch):

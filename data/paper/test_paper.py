@@ -47,7 +47,7 @@ FACTS = ROOM.parents[1].parent / "shared" / "facts"
 
 TINY = Architecture("tiny", "tiny-quickgelu", "openai", "timm/tiny.openai", "tanganke/clip-tiny_{}")
 TINY_VISION = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "head_width": 32}
-TINY_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+TINY_TEXT = {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 PRETRAINED = f"{TINY.repo}/open_clip_model.safetensors"
 EXPERT = "tanganke/clip-tiny_dtd/model.safetensors"
 
