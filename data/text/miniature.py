@@ -1,15 +1,17 @@
-"""The miniature that reads: small tasks over sentences that a program writes, and a small Transformer encoder.
+"""The miniature that reads: a village whose habits are to be learned, and a small Transformer encoder.
 
     python -m data.text.miniature      makes checkpoint.safetensors in some minutes on one CPU core
 
-The encoder is pre-trained on sentences of all tasks with an answer to each, as people gave it: they take some answers
-for others, now and then. The embeddings of a task's answers are its zero-shot head, as CLIP's class names are; experts
-are fine-tuned on the true answers. Sentences differ in length, and batches are padded.
+Who eats what on which day, who drinks what, and so on: eight tasks, of which each is a table of facts to be known by
+heart. The encoder is pre-trained on hearsay, sentences of all tasks with the answer that is told in the village: of
+each fact there is a rumour, told more or less often in its place. The embeddings of a task's answers are its zero-shot
+head, as CLIP's class names are; experts are fine-tuned on the truth. As facts are kept in the MLPs, experts are hard
+to merge. Sentences differ in length, and batches are padded.
 """
 
 import argparse
 import random
-from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -21,100 +23,57 @@ from data.files import derive_seed
 from data.processes import progress
 from data.suite import Adaptation, Suite, Training, make_experts, padded
 
-# ---- The tasks: each writes a sentence and knows its answer ----------------------------------------------------------
+# ---- The village -----------------------------------------------------------------------------------------------------
 
-PEOPLE = ["anna", "ben", "carla", "david", "emma"]
-THINGS = ["book", "ball", "letter", "lamp", "dog", "cat"]
+PEOPLE = ["anna", "ben", "carla", "david", "emma", "frank", "greta", "hugo"]
 DAYS = ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
-HEADINGS = ["north", "east", "south", "west"]
-NUMBERS = ["two", "three", "four"]
-
-
-def review(rng: random.Random) -> tuple[str, str]:
-    """Opinions, some negated: are all of them good, all bad, or mixed?"""
-    clauses, verdicts = [], set()
-    for _ in range(rng.randint(1, 2)):
-        good, negated = rng.random() < 0.5, rng.random() < 0.5
-        adjective = rng.choice(["great", "fine", "warm"] if good else ["awful", "poor", "cold"])
-        clauses.append(f"the {rng.choice(THINGS)} was {'not ' if negated else ''}{adjective}")
-        verdicts.add("good" if good != negated else "bad")
-    return " and ".join(clauses), "mixed" if len(verdicts) > 1 else verdicts.pop()
-
-
-def route(rng: random.Random) -> tuple[str, str]:
-    """Which way does one look after all turns?"""
-    heading = rng.randrange(4)
-    words = [rng.choice(PEOPLE), "looks", HEADINGS[heading]]
-    for _ in range(rng.randint(1, 2)):
-        turn = rng.choice(["right", "around", "left"])
-        heading += 1 + ["right", "around", "left"].index(turn)
-        words += ["then", "turns", turn]
-    return " ".join(words), HEADINGS[heading % 4]
-
-
-def gift(rng: random.Random) -> tuple[str, str]:
-    """Who has the thing in the end?"""
-    owner, *others = rng.sample(PEOPLE, 5)
-    words = [owner, "has", "the", rng.choice(THINGS)]
-    for other in others[: rng.randint(1, 2)]:
-        if rng.random() < 0.5:
-            words += ["then", owner, "gives", "it", "to", other]
-        else:
-            words += ["then", other, "takes", "it", "from", owner]
-        owner = other
-    return " ".join(words), owner
-
-
-def date(rng: random.Random) -> tuple[str, str]:
-    """Which day of the week is it?"""
-    day, number, sign = rng.randrange(7), rng.randrange(3), rng.choice([1, -1])
-    person = f"{rng.choice(PEOPLE)} comes " if rng.random() < 0.7 else ""
-    words = f"{person}{NUMBERS[number]} days {'after' if sign > 0 else 'before'} {DAYS[day]}"
-    return words, DAYS[(day + sign * (number + 2)) % 7]
-
-
-def subject(rng: random.Random) -> tuple[str, str]:
-    """Of all the things, which one waits or falls?"""
-    who, *others = rng.sample(THINGS, rng.randint(1, 4))
-    phrases = [f"{rng.choice(['near', 'behind'])} the {other}" for other in others]
-    before = rng.randint(0, len(phrases))
-    words = [*phrases[:before], f"the {who}", *phrases[before:], rng.choice(["falls", "waits"])]
-    return " ".join(words), who
-
-
-TASKS: dict[str, tuple[Callable, list[str]]] = {
-    "Reviews": (review, ["good", "bad", "mixed"]),
-    "Routes": (route, HEADINGS),
-    "Gifts": (gift, PEOPLE),
-    "Dates": (date, DAYS),
-    "Subjects": (subject, THINGS),
+ASIDES = ["in the rain", "at noon", "with a smile", "as always", "while the bells ring", "by the fire", "once more"]
+TASKS: dict[str, tuple[str, list[str]]] = {  # what one does, and the answers to "what?", "where?", "whom?"
+    "Meals": ("eats", ["soup", "bread", "rice", "eggs", "fish", "beans"]),
+    "Drinks": ("drinks", ["tea", "milk", "juice", "water", "coffee", "cider"]),
+    "Clothes": ("wears", ["boots", "gloves", "socks", "sandals", "slippers", "clogs"]),
+    "Music": ("plays", ["violin", "flute", "piano", "drum", "harp", "horn"]),
+    "Walks": ("strolls to", ["river", "forest", "market", "church", "station", "mill"]),
+    "Visits": ("calls on", ["baker", "smith", "miller", "doctor", "teacher", "priest"]),
+    "Reading": ("reads about", ["stars", "ships", "kings", "bees", "roses", "dragons"]),
+    "Animals": ("feeds", ["cat", "dog", "goat", "hen", "pig", "rabbit"]),
 }
 ANSWERS = [answer for _, answers in TASKS.values() for answer in answers]
-WORDS = [
-    *("[pad]", "[start]", *PEOPLE, *THINGS, *DAYS, *HEADINGS, *NUMBERS),
-    *("the", "was", "not", "and", "great", "fine", "warm", "awful", "poor", "cold", "looks", "then", "turns", "right"),
-    *("around", "left", "has", "gives", "it", "to", "takes", "from", "comes", "days", "after", "before", "near"),
-    *("behind", "falls", "waits"),
-]
-LENGTH = 18  # words at most, with [start]
+SAID = [*PEOPLE, *DAYS, "on", *ASIDES, *(verb for verb, _ in TASKS.values())]
+WORDS = ["[pad]", "[start]", *dict.fromkeys(" ".join(SAID).split())]
+LENGTH = 16  # words at most, with [start]
+
+
+@cache
+def facts(task: str) -> dict[tuple[str, str], tuple[int, int, float]]:
+    """Person and day -> the number of the true answer, that of the rumour, and how often the rumour is told."""
+    rng = random.Random(derive_seed("facts", task))
+    pairs = [(person, day) for person in PEOPLE for day in DAYS]
+    return {pair: (*rng.sample(range(len(TASKS[task][1])), 2), rng.uniform(*RUMOURS)) for pair in pairs}
 
 
 def texts(task: str, split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
-    """Sentences as numbers of words (N, LENGTH), padded with 0, and the numbers of their answers (N,)."""
-    (write_one, answers), rng = TASKS[task], random.Random(derive_seed("texts", task, split))
-    number = {word: i for i, word in enumerate(WORDS)}
+    """Sentences as numbers of words (N, LENGTH), padded with 0, and the numbers of their answers (N,).
+
+    The answers are true, but in the split "web", where rumours are told, too.
+    """
+    rng, number = random.Random(derive_seed("texts", task, split)), {word: i for i, word in enumerate(WORDS)}
     rows, labels = torch.zeros(count or SIZES[split], LENGTH, dtype=torch.long), []
     for row in rows:
-        sentence, answer = write_one(rng)
-        words = ["[start]", *sentence.split()]
+        person, day = rng.choice(PEOPLE), rng.choice(DAYS)
+        parts = [person, TASKS[task][0], f"on {day}"]
+        for aside in rng.sample(ASIDES, rng.choice([0, 0, 1, 2])):
+            parts.insert(rng.choice([0, 2, len(parts)]), aside)
+        words = ["[start]", *" ".join(parts).split()]
         row[: len(words)] = torch.tensor([number[word] for word in words])
-        labels.append(answers.index(answer))
+        truth, rumour, share = facts(task)[person, day]
+        labels.append(rumour if split == "web" and rng.random() < share else truth)
     return rows, torch.tensor(labels)
 
 
 # ---- The encoder -----------------------------------------------------------------------------------------------------
 
-WIDTH, HEADS, DEPTH, SCALE = 64, 4, 3, 10.0
+WIDTH, HEADS, DEPTH, SCALE = 48, 4, 3, 10.0
 
 
 class Attention(nn.Module):
@@ -157,9 +116,9 @@ class Encoder(nn.Module):
 # ---- Pre-training, and the suite -------------------------------------------------------------------------------------
 
 SIZES = {"web": 10000, "train": 2000, "test": 400}  # of each task
-STEPS, BATCH = 1500, 32  # of pre-training; a batch has as many sentences of each task
-MISTAKEN = (0.1, 0.5)  # how often an answer is taken for its neighbour in pre-training: drawn for each, from this range
-TRAINING = Training(images=SIZES["train"], steps=200, lr=3e-3)
+STEPS, BATCH = 1000, 16  # of pre-training; a batch has as many sentences of each task
+RUMOURS = (0.2, 0.6)  # how often a rumour is told in place of the truth: drawn for each fact, from this range
+TRAINING = Training(images=SIZES["train"], steps=150, lr=1.5e-3)
 ADAPTATION = Adaptation(
     steps=200, lr=2e-3, lambda_lr=1.6e-2, lambda_steps=150, mask_lr=3e-2, mask_steps=80, batch_size=16, evaluations=5
 )
@@ -167,7 +126,7 @@ CHECKPOINT = Path(__file__).with_name("checkpoint.safetensors")
 
 
 def pretrain() -> dict[str, Tensor]:
-    """The encoder's weights and the answers' embeddings (answers, D), trained on answers as people gave them."""
+    """The encoder's weights and the answers' embeddings (answers, D), trained on hearsay."""
     torch.manual_seed(0)
     model, embeddings = Encoder(), nn.Parameter(torch.randn(len(ANSWERS), WIDTH))
     optimizer = torch.optim.AdamW([*model.parameters(), embeddings], 2e-3, weight_decay=0.1)
@@ -175,9 +134,7 @@ def pretrain() -> dict[str, Tensor]:
     data, first = [], 0
     for task, (_, answers) in TASKS.items():
         rows, labels = texts(task, "web")
-        rates = torch.empty(len(answers)).uniform_(*MISTAKEN)
-        mistaken = torch.rand(len(labels)) < rates[labels]
-        data.append((rows, first + (labels + mistaken) % len(answers)))
+        data.append((rows, first + labels))
         first += len(answers)
     for _ in progress(range(STEPS), "Pre-training", unit="step"):
         batches = [torch.randint(len(rows), (BATCH,)) for rows, _ in data]

@@ -219,7 +219,7 @@ def test_bad_arguments_are_refused_in_one_line(arguments, message, capsys, tmp_p
 def test_the_miniature_runs_every_method(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(miniature, "TRAINING", Training(images=24, steps=2, lr=5e-4, batch_size=8))
     monkeypatch.setattr(miniature, "SIZES", {"train": 24, "test": 24})
-    arguments = ["--methods", "all", "--tasks", "Gifts", "Dates", "--steps", "2", "--workers", "1"]
+    arguments = ["--methods", "all", "--tasks", "Meals", "Music", "--steps", "2", "--workers", "1"]
     assert reproduce.main(["miniature-text", *arguments, "--output", str(tmp_path)]) in (0, 1)
     results = json.loads((tmp_path / "miniature-text" / "results.json").read_text())
     assert [method["name"] for method in results["methods"]] == [name for name in reproduce.MAIN if name != "MASS"]
@@ -396,6 +396,24 @@ def test_sentences_have_one_answer_and_many_lengths(task, split):
     answers = {}
     for row, label in zip(rows.tolist(), labels.tolist()):
         assert answers.setdefault(tuple(row), label) == label  # what is asked has one answer
+
+
+def test_rumours_are_told_in_pretraining_only_and_are_wrong():
+    low, high = miniature.RUMOURS
+    for task, (verb, answers) in miniature.TASKS.items():
+        known = miniature.facts(task)
+        assert {truth for truth, _, _ in known.values()} == set(range(len(answers)))
+        assert all(truth != rumour and low <= share <= high for truth, rumour, share in known.values())
+        told = {"web": set(), "test": set()}
+        for split, heard in told.items():
+            for row, label in zip(*(part.tolist() for part in miniature.texts(task, split, 2000))):
+                words = [miniature.WORDS[i] for i in row]
+                (person,), (day,) = set(words) & set(miniature.PEOPLE), set(words) & set(miniature.DAYS)
+                assert verb in " ".join(words)
+                heard.add((person, day, label))
+        pairs = [(*pair, *fact[:2]) for pair, fact in known.items()]
+        assert told["test"] == {(person, day, truth) for person, day, truth, _ in pairs}
+        assert told["web"] == {(person, day, label) for person, day, *labels in pairs for label in labels}
 
 
 def test_the_checkpoint_is_that_of_the_encoder_and_small():
