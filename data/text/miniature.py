@@ -41,7 +41,7 @@ TASKS: dict[str, tuple[str, list[str]]] = {  # what one does, and the answers to
 ANSWERS = [answer for _, answers in TASKS.values() for answer in answers]
 SAID = [*PEOPLE, *DAYS, "on", *ASIDES, *(verb for verb, _ in TASKS.values())]
 WORDS = ["[pad]", "[start]", *dict.fromkeys(" ".join(SAID).split())]
-LENGTH = 16  # words at most, with [start]
+LENGTH = 14  # words at most, with [start]
 
 
 @cache
@@ -117,10 +117,10 @@ class Encoder(nn.Module):
 
 SIZES = {"web": 10000, "train": 2000, "test": 400}  # of each task
 STEPS, BATCH = 1000, 16  # of pre-training; a batch has as many sentences of each task
-RUMOURS = (0.2, 0.6)  # how often a rumour is told in place of the truth: drawn for each fact, from this range
+RUMOURS = (0.17, 0.57)  # how often a rumour is told in place of the truth: drawn for each fact, from this range
 TRAINING = Training(images=SIZES["train"], steps=150, lr=1.5e-3)
 ADAPTATION = Adaptation(
-    steps=200, lr=2e-3, lambda_lr=1.6e-2, lambda_steps=150, mask_lr=3e-2, mask_steps=80, batch_size=16, evaluations=5
+    steps=240, lr=4e-3, lambda_lr=4e-3, lambda_steps=120, mask_lr=3e-2, mask_steps=80, batch_size=16, evaluations=5
 )
 CHECKPOINT = Path(__file__).with_name("checkpoint.safetensors")
 

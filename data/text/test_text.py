@@ -398,22 +398,23 @@ def test_sentences_have_one_answer_and_many_lengths(task, split):
         assert answers.setdefault(tuple(row), label) == label  # what is asked has one answer
 
 
-def test_rumours_are_told_in_pretraining_only_and_are_wrong():
+def test_rumours_are_wrong_and_told_in_pretraining_alone():
     low, high = miniature.RUMOURS
     for task, (verb, answers) in miniature.TASKS.items():
         known = miniature.facts(task)
         assert {truth for truth, _, _ in known.values()} == set(range(len(answers)))
         assert all(truth != rumour and low <= share <= high for truth, rumour, share in known.values())
-        told = {"web": set(), "test": set()}
-        for split, heard in told.items():
-            for row, label in zip(*(part.tolist() for part in miniature.texts(task, split, 2000))):
-                words = [miniature.WORDS[i] for i in row]
-                (person,), (day,) = set(words) & set(miniature.PEOPLE), set(words) & set(miniature.DAYS)
-                assert verb in " ".join(words)
-                heard.add((person, day, label))
-        pairs = [(*pair, *fact[:2]) for pair, fact in known.items()]
-        assert told["test"] == {(person, day, truth) for person, day, truth, _ in pairs}
-        assert told["web"] == {(person, day, label) for person, day, *labels in pairs for label in labels}
+        told = {}
+        for split in ("test", "web"):
+            rows, labels = miniature.texts(task, split, 2000)
+            sentences = [[miniature.WORDS[word] for word in row if word] for row in rows]
+            assert all(verb in " ".join(sentence) for sentence in sentences)
+            who = [next(word for word in sentence if word in miniature.PEOPLE) for sentence in sentences]
+            when = [next(word for word in sentence if word in miniature.DAYS) for sentence in sentences]
+            told[split] = {*zip(who, when, labels.tolist())}
+        assert told["test"] == {(*pair, truth) for pair, (truth, _, _) in known.items()}
+        rumours = {(*pair, rumour) for pair, (_, rumour, _) in known.items()}
+        assert told["test"] < told["web"] <= told["test"] | rumours
 
 
 def test_the_checkpoint_is_that_of_the_encoder_and_small():
