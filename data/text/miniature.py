@@ -117,11 +117,12 @@ class Encoder(nn.Module):
 
 SIZES = {"web": 10000, "train": 2000, "test": 400}  # of each task
 STEPS, BATCH = 1000, 16  # of pre-training; a batch has as many sentences of each task
-RUMOURS = (0.17, 0.57)  # how often a rumour is told in place of the truth: drawn for each fact, from this range
+RUMOURS = (0.2, 0.6)  # how often a rumour is told in place of the truth: drawn for each fact, from this range
 TRAINING = Training(images=SIZES["train"], steps=150, lr=1.5e-3)
 ADAPTATION = Adaptation(
-    steps=240, lr=4e-3, lambda_lr=4e-3, lambda_steps=120, mask_lr=3e-2, mask_steps=80, batch_size=16, evaluations=5
-)
+    steps=200, lr=4e-3, lambda_lr=4e-3, lambda_steps=120, mask_lr=3e-2, mask_steps=80, batch_size=16, evaluations=5,
+    init_lambda=0.2,
+)  # fmt: skip
 CHECKPOINT = Path(__file__).with_name("checkpoint.safetensors")
 
 
