@@ -5,8 +5,8 @@
 Who eats what on which day, who drinks what, and so on: eight tasks, of which each is a table of facts to be known by
 heart. The encoder is pre-trained on hearsay, sentences of all tasks with the answer that is told in the village: of
 each fact there is a rumour, told more or less often in its place. The embeddings of a task's answers are its zero-shot
-head, as CLIP's class names are; experts are fine-tuned on the truth. As facts are kept in the MLPs, experts are hard
-to merge. Sentences differ in length, and batches are padded.
+head, as CLIP's class names are; experts are fine-tuned on the truth, and tables learned by heart are hard to merge.
+Sentences differ in length, and batches are padded.
 """
 
 import argparse
@@ -120,9 +120,15 @@ STEPS, BATCH = 1000, 16  # of pre-training; a batch has as many sentences of eac
 RUMOURS = (0.2, 0.6)  # how often a rumour is told in place of the truth: drawn for each fact, from this range
 TRAINING = Training(images=SIZES["train"], steps=150, lr=1.5e-3)
 ADAPTATION = Adaptation(
-    steps=200, lr=4e-3, lambda_lr=4e-3, lambda_steps=120, mask_lr=3e-2, mask_steps=80, batch_size=16, evaluations=5,
-    init_lambda=0.2,
-)  # fmt: skip
+    steps=200,
+    lr=4e-3,
+    lambda_lr=4e-3,
+    lambda_steps=120,
+    mask_lr=3e-2,
+    mask_steps=80,
+    evaluations=5,
+    init_lambda=0.2,  # where task arithmetic is best for most seeds
+)
 CHECKPOINT = Path(__file__).with_name("checkpoint.safetensors")
 
 
