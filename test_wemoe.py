@@ -1315,6 +1315,23 @@ def routed_text(make, modules: str | None = None) -> nn.Module:
 
 
 @pytest.mark.parametrize("tower", TOWERS)
+def test_text_models_are_recovered_by_one_hot_routers(tower):
+    make, modules = TOWERS[tower]
+    pretrained, batch = make().eval(), dict(input_ids=TOKENS, attention_mask=MASK)
+    finetuned = varied(pretrained, lambda name: re.search(modules or wemoe._MLP, name), scale=0.2)
+    model = upscale(pretrained, finetuned, modules=modules).eval()
+    with torch.no_grad():
+        before = pretrained(**batch).last_hidden_state
+        for t, own in enumerate(finetuned):
+            for name, p in model.named_parameters():
+                if ".router." in name:
+                    p.copy_(F.one_hot(torch.tensor(t), 2) if p.shape == (2,) else torch.zeros_like(p))
+            expected = own(**batch).last_hidden_state
+            assert not torch.allclose(before, expected, atol=0.01)
+            close(model(**batch).last_hidden_state, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
 def test_padding_changes_no_output(tower):
     model = routed_text(*TOWERS[tower])
     with torch.no_grad():
