@@ -607,12 +607,7 @@ def run(arguments: argparse.Namespace) -> bool:
     text = shown.text or report.tables(measured.conditions, measured.entries, experiment.details)
     text += f"\n{measured.suite.note}\n" if measured and measured.suite.note else ""
     if measured and (measured.suite.source or arguments.settings == "hub"):
-        hub = (
-            ": λ is the mean over a batch of one task's images, in evaluation, too"
-            if arguments.settings == "hub"
-            else ""
-        )
-        text += f"\nMethods that adapt did so with the settings of the {arguments.settings}{hub}.\n"
+        text += f"\nMethods that adapt did so with the settings of the {SETTINGS[arguments.settings]}.\n"
     results = results_of(arguments, measured, shown.claims)
     write(output / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
     write(output / "table.md", lambda path: path.write_text(text))
@@ -687,6 +682,7 @@ def results_of(arguments: argparse.Namespace, measured: Measured | None, claims:
 # ---- The command line ------------------------------------------------------------------------------------------------
 
 PRECISIONS = ("float32", "bfloat16")
+SETTINGS = {"paper": "paper", "hub": "hub: λ is the mean over a batch of one task's images, in evaluation, too"}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -713,7 +709,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     add(
         "--settings",
-        choices=("paper", "hub"),
+        choices=SETTINGS,
         default="paper",
         help="of adaptation: the paper's, or those of the library that made the hub's rows (default: %(default)s)",
     )

@@ -164,17 +164,22 @@ class WEMoE(nn.Module):
         """λ (B, T) for the input (B, ..., D), or (1, T) where all samples have one, for which layers merge once."""
         if len(h) == 0:
             return h.new_zeros(1, self.num_tasks, dtype=torch.float32)  # no sample to merge for
-        masked = self.mask is not None and self.mask.shape == h.shape[:-1]  # not of a token generated alone
+        masked = self.mask is not None and self.mask.shape == h.shape[:-1]  # unlike that of a token generated alone
         lam = self.routing(self.router(h, mask=self.mask) if masked else self.router(h))
         if lam.shape != (len(h), self.num_tasks):
             raise ValueError(f"The routing weights are {tuple(lam.shape)} for an input {tuple(h.shape)}.")
         # A router may return its own parameter; without gradients, λ is to require none (see MergedLayer.forward).
         lam = lam if torch.is_grad_enabled() else lam.detach()
-        return lam[:1] if getattr(self.router, "depth", None) == 0 else lam
+        return lam[:1] if lam.stride(0) == 0 else lam  # one λ, expanded to all samples
 
     def forward(self, *args, **kwargs):
-        copies: dict[nn.Module, nn.Module] = {}
-        output = _copied(self.pretrained, self.route(_first_tensor(args, kwargs)), copies)(*args, **kwargs)
+        lam = self.route(_first_tensor(args, kwargs))
+        copies: dict[nn.Module, nn.Module] = {}  # each part of the module -> its copy for this pass
+        module = _copied(self.pretrained, copies)
+        for used in copies.values():
+            if isinstance(used, MergedLayer):
+                vars(used).update(lam=lam, ran=False)  # λ may be a parameter, which setattr would register
+        output = module(*args, **kwargs)
         for part, used in copies.items():
             if not isinstance(part, MergedLayer):  # keep what it has stored on itself in this pass, as modules may do
                 vars(part).update({name: value for name, value in vars(used).items() if name not in _STRUCTURE})
@@ -198,14 +203,14 @@ class WEMoE(nn.Module):
 class MergedLayer(nn.Module):
     """Any layer, with weights of its own for each sample: the equation word for word, one sample after another.
 
-    `tau` gives τ (T, *shape) for the tensors of the layer; λ (B, T) comes with the copy that WEMoE makes of it for one
-    pass (`_copied`). Merged weights are not kept for the backward pass but merged again, so that memory never holds B
-    sets of them.
+    `tau` gives τ (T, *shape) for the tensors of the layer; WEMoE puts λ (B, T) in the copy that it makes of the layer
+    for one pass (`_copied`). Merged weights are not kept for the backward pass but merged again, so that memory never
+    holds B sets of them.
     """
 
     def __init__(self, layer: nn.Module, tau: Mapping[Tensor, Tensor]):
         nn.Module.__init__(self)  # not super().__init__(): a MergedLinear's next in line is nn.Linear, with new weights
-        self.layer, self.training, self.places = layer, layer.training, {}  # name -> which τ
+        self.layer, self.training, self.places = layer, layer.training, {}  # name -> i of its τ_i
         tensors: dict[Tensor, int] = {}
         for path, part in layer.named_modules():
             for name, p in (*part._parameters.items(), *part._buffers.items()):
@@ -228,9 +233,9 @@ class MergedLayer(nn.Module):
             return {name: p + self.update(lam, self.places[name]).to(p) for name, p in theta_0.items()}
 
     def run(self, lam: Tensor, *args, **kwargs):
-        # A copy once more: each sample has tensors of its own, and so has each run of a checkpoint. Not by
-        # functional_call, which puts θ_0 back when it returns: a checkpoint inside would run again with that.
-        return _with_weights(_copied(self.layer, lam, {}), self.weights(lam))(*args, **kwargs)
+        # In a copy: each sample has tensors of its own, and so has each run of a checkpoint. Not by functional_call,
+        # which puts θ_0 back when it returns: a checkpoint inside would run again with that.
+        return _with_weights(_copied(self.layer, {}), self.weights(lam))(*args, **kwargs)
 
     def forward(self, *args, **kwargs):
         if "lam" not in vars(self):  # as in the copy for one pass
@@ -279,19 +284,17 @@ class MergedLayer(nn.Module):
 _STRUCTURE = "_modules", "_parameters", "_buffers", "training"  # a module's other attributes are what it stores
 
 
-def _copied(module: nn.Module, lam: Tensor, copies: dict[nn.Module, nn.Module]) -> nn.Module:
-    """A copy of the module for one forward pass, of the same tensors and hooks, with this λ in its merged layers.
+def _copied(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
+    """A copy of the module for one forward pass, of the same tensors and hooks; `copies` gets that of each part.
 
-    As the module itself never holds a λ, a checkpoint in it that runs again in the backward pass has the λ of its own
-    forward pass; and copies, replicas and threads do not see one another's.
+    As λ or merged weights are put in the copy and never in the module itself, a checkpoint that runs again in the
+    backward pass has those of its own forward pass; and replicas and threads do not see one another's.
     """
     if module not in copies:
         copies[module] = used = object.__new__(type(module))
         used.__dict__ = dict(vars(module))
-        used._modules = {n: None if part is None else _copied(part, lam, copies) for n, part in module._modules.items()}
+        used._modules = {n: None if part is None else _copied(part, copies) for n, part in module._modules.items()}
         used._parameters, used._buffers = module._parameters.copy(), module._buffers.copy()
-        if isinstance(used, MergedLayer):
-            vars(used).update(lam=lam, ran=False)  # λ may be a parameter, which setattr would register
     return copies[module]
 
 
@@ -341,7 +344,7 @@ def upscale(
     upscaled.load_state_dict(merged)
     routed: dict[nn.Module, WEMoE] = {}  # a module that the model holds under two names stays one module
     for name in _selected(pretrained, modules):
-        module, place = pretrained.get_submodule(name), upscaled.get_submodule(name)  # with θ_0; and its place
+        module, place = pretrained.get_submodule(name), upscaled.get_submodule(name)  # with θ_0; what it replaces
         if place not in routed:
             router = Router(_hidden_size(name, module) if router_depth else 0, len(models), router_depth, init_lambda)
             weight = next(p for p in _state(module).values() if _is_weight(p))
@@ -351,7 +354,7 @@ def upscale(
 
 
 def _replace(module: nn.Module, change: Callable, done: dict | None = None) -> nn.Module:
-    """The module, in place, with each part for which `change` gives another replaced by that, which stays as it is."""
+    """The module, in place, with the outermost parts for which `change` gives another module replaced by that."""
     done = {} if done is None else done  # a part that is held under two names stays one part
     if module not in done:
         done[module] = change(module)
@@ -515,7 +518,8 @@ def unload(model: nn.Module) -> nn.Module:
         if not isinstance(module, WEMoE):
             return None
         if getattr(module.router, "depth", None) != 0:
-            raise ValueError(f"Only routers of depth 0 can be unloaded, not {module.router}.")
+            what = f"a {type(module.router).__name__} that looks at its input"
+            raise ValueError(f"Only routers of depth 0 can be unloaded, not {what}.")
         lam = module.router.bias.detach()
         return _replace(module.pretrained, lambda part: part.unloaded(lam) if isinstance(part, MergedLayer) else None)
 
@@ -678,7 +682,7 @@ def _weights(pretrained: Model, other: Model, what: str) -> tuple[dict[str, Tens
     """Two models' weights by their names. Raises ValueError, naming the entry, for what cannot be merged."""
     theta_0, theta_t = _state(pretrained), _state(other)
     both = {key: p for key, p in theta_0.items() if _is_weight(p) and _is_weight(theta_t.get(key))}
-    first = {id(p): key for key, p in reversed(both.items())}  # of a tied tensor's names, the first
+    first = {id(p): key for key, p in reversed(both.items())}  # the first name of each tensor, to find ties
     for key in sorted(theta_0.keys() | theta_t.keys()):
         wrong = _wrong(key, theta_0, theta_t, what, first)
         if wrong:

@@ -232,9 +232,10 @@ class AdaMerging(MergedLayer):
     """θ_0 + Σ_t λ_t τ_t, its λ trained by `wemoe.adapt`: one for each task, or for each parameter and task.
 
     AdaMerging (Yang et al., arXiv 2310.02575); on `trim_and_elect`ed task vectors, AdaMerging++. `lam` is (1, T) or,
-    layer-wise, (parameters, T); in use it is clamped to [0, 1], as in its authors' program, unless told otherwise.
+    layer-wise, (parameters, T); in use it is clamped to [0, 1], as in its authors' program, unless `clamp` is False.
     `merged()` is what comes of it, as entries of an ordinary state dict.
-    Raises ValueError if a task vector does not fit θ_0, if λ starts outside [0, 1], or if a part cannot be merged.
+    Raises ValueError if a task vector does not fit θ_0, if a λ to be clamped starts outside [0, 1], or if a part cannot
+    be merged.
     """
 
     def __init__(
@@ -426,15 +427,9 @@ def average_over_batch(model: nn.Module) -> nn.Module:
 class BatchRouter(nn.Module):
     """A router's λ in the mean over the batch, the same for every sample: (B, ..., D) -> (B, T)."""
 
-    depth = 0  # of one λ, layers merge once
-
     def __init__(self, router: nn.Module):
         super().__init__()
         self.router, self.num_tasks = router, router.num_tasks
-
-    @property
-    def bias(self) -> Tensor:  # which wemoe.unload asks for
-        raise ValueError("A BatchRouter looks at its input: it cannot be unloaded.")
 
     def forward(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
         lam = self.router(h, mask)

@@ -130,9 +130,9 @@ def one_table(
 def show_main(measured: Measured) -> Shown:
     suite, entries = measured.suite, {name: seeds[0] for name, seeds in measured.entries["main"].items()}
     average = {name: round(measured.average("main", name), 2) for name in entries}
-    images = sum(len(labels) for _, labels in suite.test.values())
+    count = sum(len(labels) for _, labels in suite.test.values())
     figures = {"accuracy": report.draw_accuracy(suite.tasks, list(entries.values()))}
-    figures["costs"] = report.draw_costs(measured.entries["main"], images)
+    figures["costs"] = report.draw_costs(measured.entries["main"], count)
     if all(images.dim() == 4 for images, _ in suite.test.values()):  # and not texts
         figures["tasks"] = report.draw_tasks(suite.test)
     if curves := {name: entry["adaptation"] for name, entry in entries.items() if "adaptation" in entry}:

@@ -1126,7 +1126,7 @@ ERRORS = {
     "'down.weight'.*tied in the pre-trained": lambda: AdaMerging(
         Normed(), [{**task_vector(Normed(), Normed()), "down.weight": torch.ones(4, 4)}]
     ),
-    "BatchRouter looks at its input: it cannot be": lambda: wemoe.unload(
+    "can be unloaded, not a BatchRouter": lambda: wemoe.unload(
         average_over_batch(upscale(LINEAR, [LINEAR], modules=whole))
     ),
     "between 0 and 1 in AdaMerging, got init_lambda=1.5": lambda: AdaMerging(LINEAR, [], init_lambda=1.5),

@@ -1,6 +1,6 @@
 """The miniature that reads: a village whose habits are to be learned, and a small Transformer encoder.
 
-    python -m data.text.miniature      makes checkpoint.safetensors in some minutes on one CPU core
+    python -m data.text.miniature      makes checkpoint.safetensors in about a minute on one CPU core
 
 Who eats what on which day, who drinks what, and so on: eight tasks, of which each is a table of facts to be known by
 heart. The encoder is pre-trained on hearsay, sentences of all tasks with the answer that is told in the village: of
