@@ -126,7 +126,8 @@ class WEMoE(nn.Module):
               └────────────────────────────────────► the module, made of these layers ──► its output
 
     `pretrained` is any module whose first input is a tensor (B, ..., D), `finetuned` T modules of the same structure or
-    their state dicts, `router` maps that input to λ and alone is trainable. `layer(part, tau)` is what linear layers
+    their state dicts, `router` maps that input to λ (B, T), or (1, T) for all samples, and alone is trainable.
+    `layer(part, tau)` is what linear layers
     become, a MergedLinear unless told otherwise; with MergedLayer the module is not taken apart but merged as a whole,
     sample by sample: for modules that reshape the batch inside (windows, beams), whose layers' inputs have not B rows.
     Attributes: `router`, and `pretrained`, the module with merged layers in it.
@@ -165,29 +166,18 @@ class WEMoE(nn.Module):
         if len(h) == 0:
             return h.new_zeros(1, self.num_tasks, dtype=torch.float32)  # no sample to merge for
         masked = self.mask is not None and self.mask.shape == h.shape[:-1]  # unlike that of a token generated alone
-        lam = self.routing(self.router(h, mask=self.mask) if masked else self.router(h))
-        if lam.shape != (len(h), self.num_tasks):
+        lam = self.router(h, mask=self.mask) if masked else self.router(h)
+        if lam.shape not in ((len(h), self.num_tasks), (1, self.num_tasks)):
             raise ValueError(f"The routing weights are {tuple(lam.shape)} for an input {tuple(h.shape)}.")
-        # A router may return its own parameter; without gradients, λ is to require none (see MergedLayer.forward).
+        alike = len(lam) == 1 or getattr(self.router, "depth", None) == 0
+        lam = self.routing(lam.expand(len(h), -1))
+        # A router may return its own parameter; without gradients, λ is to require none (see _lam_of).
         lam = lam if torch.is_grad_enabled() else lam.detach()
-        return lam[:1] if lam.stride(0) == 0 else lam  # one λ, expanded to all samples
+        return lam[:1] if alike else lam
 
     def forward(self, *args, **kwargs):
         lam = self.route(_first_tensor(args, kwargs))
-        copies: dict[nn.Module, nn.Module] = {}  # each part of the module -> its copy for this pass
-        module = _copied(self.pretrained, copies)
-        for used in copies.values():
-            if isinstance(used, MergedLayer):
-                vars(used).update(lam=lam, ran=False)  # λ may be a parameter, which setattr would register
-        output = module(*args, **kwargs)
-        for part, used in copies.items():
-            if not isinstance(part, MergedLayer):  # keep what it has stored on itself in this pass, as modules may do
-                vars(part).update({name: value for name, value in vars(used).items() if name not in _STRUCTURE})
-                part._buffers.update(used._buffers)
-            elif not used.ran:
-                what = f"A {type(part.layer).__name__} did not run in a routed {type(self.pretrained).__name__}"
-                raise RuntimeError(f"{what}: its weights were read, or not used. Route with layer=MergedLayer.")
-        return output
+        return _run_with(lam, self.pretrained, args, kwargs)  # every layer in it merges with this λ
 
     def __getattr__(self, name: str):
         """What else the routed module has stays in reach, except for its tensors, of which each sample has its own."""
@@ -203,10 +193,11 @@ class WEMoE(nn.Module):
 class MergedLayer(nn.Module):
     """Any layer, with weights of its own for each sample: the equation word for word, one sample after another.
 
-    `tau` gives τ (T, *shape) for the tensors of the layer; WEMoE puts λ (B, T) in the copy that it makes of the layer
-    for one pass (`_copied`). Merged weights are not kept for the backward pass but merged again, so that memory never
-    holds B sets of them.
+    `tau` gives τ (T, *shape) for the tensors of the layer; λ (B, T) is that of the WEMoE module that it is in. Merged
+    weights are not kept for the backward pass but merged again, so that memory never holds B sets of them.
     """
+
+    moved = "forward_hook|backward"  # hooks that see all samples at once; one before it may compute its weights
 
     def __init__(self, layer: nn.Module, tau: Mapping[Tensor, Tensor]):
         nn.Module.__init__(self)  # not super().__init__(): a MergedLinear's next in line is nn.Linear, with new weights
@@ -218,6 +209,7 @@ class MergedLayer(nn.Module):
                     self.places[f"{path}.{name}".lstrip(".")] = tensors.setdefault(p, len(tensors))
         for p, i in tensors.items():  # no buffers: DistributedDataParallel would send them around at every step
             self.register_parameter(f"tau_{i}", nn.Parameter(tau[p], requires_grad=False))
+        _swap_hooks(self, layer, self.moved)
 
     def tau(self, i: int) -> Tensor:
         return getattr(self, f"tau_{i}")
@@ -232,44 +224,22 @@ class MergedLayer(nn.Module):
         with torch.autocast(lam.device.type, enabled=False):
             return {name: p + self.update(lam, self.places[name]).to(p) for name, p in theta_0.items()}
 
-    def run(self, lam: Tensor, *args, **kwargs):
-        # In a copy: each sample has tensors of its own, and so has each run of a checkpoint. Not by functional_call,
-        # which puts θ_0 back when it returns: a checkpoint inside would run again with that.
+    def forward(self, *args, **kwargs):
+        lam = _lam_of(self, _first_tensor(args, kwargs))
+        return self.for_all(lam[0], *args, **kwargs) if len(lam) == 1 else self.for_each(lam, *args, **kwargs)
+
+    def for_all(self, lam: Tensor, *args, **kwargs):
+        """All samples through the weights merged with λ (T,): in a copy, see _run_with."""
         return _with_weights(_copied(self.layer, {}), self.weights(lam))(*args, **kwargs)
 
-    def forward(self, *args, **kwargs):
-        if "lam" not in vars(self):  # as in the copy for one pass
-            raise RuntimeError("A merged layer runs in the WEMoE module that it is a part of, not by itself.")
-        lam, x = self.lam, _first_tensor(args, kwargs)
-        self.ran = True  # WEMoE.forward asks
-        if lam.requires_grad and not torch.is_grad_enabled():
-            raise RuntimeError("A merged layer ran without gradients: give checkpoint use_reentrant=False.")
-        if any(p.requires_grad for p in self.parameters()):
-            raise NotImplementedError("In a WEMoE module only the router is trainable: freeze everything else.")
-        for module in self.layer.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.training = False  # one sample has no statistics: the merged ones serve
-        if len(lam) == 1:
-            return self.run(lam[0], *args, **kwargs)
-        if len(x) not in (1, len(lam)):
-            what = f"{type(self.layer).__name__} got {tuple(x.shape)} for {len(lam)} samples"
-            raise ValueError(f"{what}: route the module that it is in with layer=MergedLayer.")
-        return self.each(lam, *args, **kwargs)
-
-    def each(self, lam: Tensor, *args, **kwargs):
-        """Each sample through its own weights; tensors of B rows are split among them."""
+    def for_each(self, lam: Tensor, *args, **kwargs):
+        """Sample b through the weights merged with λ_b, alone; tensors of B rows are split among the samples."""
         x, outputs = _first_tensor(args, kwargs), []
-        run = functools.partial(checkpoint, self.run, use_reentrant=False) if lam.requires_grad else self.run
+        run = functools.partial(checkpoint, self.for_all, use_reentrant=False) if lam.requires_grad else self.for_all
         for b in range(len(lam)):
             one_args, one_kwargs = tree_map(lambda leaf, b=b: _of_sample(leaf, b, x, len(lam)), (args, kwargs))
             outputs.append(run(lam[b], *one_args, **one_kwargs))
         return tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *outputs)
-
-    def unloaded(self, lam: Tensor) -> nn.Module:
-        """The layer itself, merged for good with λ (T,)."""
-        weights, parameters = self.weights(lam), dict(self.layer.named_parameters(remove_duplicate=False))
-        weights.update({n: nn.Parameter(p, requires_grad=False) for n, p in weights.items() if n in parameters})
-        return _with_weights(self.layer, weights)
 
     def __getattr__(self, name: str):
         try:
@@ -279,36 +249,6 @@ class MergedLayer(nn.Module):
         # Outside a pass its tensors are θ_0. Within one each sample has its own: code may ask for their type or shape,
         # but the numbers are NaN, which shows.
         return value.new_full((), math.nan).expand_as(value) if _is_weight(value) and "lam" in vars(self) else value
-
-
-_STRUCTURE = "_modules", "_parameters", "_buffers", "training"  # a module's other attributes are what it stores
-
-
-def _copied(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
-    """A copy of the module for one forward pass, of the same tensors and hooks; `copies` gets that of each part.
-
-    As λ or merged weights are put in the copy and never in the module itself, a checkpoint that runs again in the
-    backward pass has those of its own forward pass; and replicas and threads do not see one another's.
-    """
-    if module not in copies:
-        copies[module] = used = object.__new__(type(module))
-        used.__dict__ = dict(vars(module))
-        used._modules = {n: None if part is None else _copied(part, copies) for n, part in module._modules.items()}
-        used._parameters, used._buffers = module._parameters.copy(), module._buffers.copy()
-    return copies[module]
-
-
-def _with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """The module with its tensors replaced by these; not overwritten, as another module may hold the same tensor."""
-    for name, p in weights.items():
-        path, _, entry = name.rpartition(".")
-        part = module.get_submodule(path)
-        vars(part).pop(entry, None)  # in a replica of DataParallel, tensors are plain attributes
-        held = part._buffers if entry in part._buffers else part._parameters
-        if held is part._buffers and isinstance(part, nn.modules.batchnorm._NormBase):
-            p = p.detach()  # torch does not differentiate by running statistics
-        held[entry] = p
-    return module
 
 
 # ---- Upscaling -------------------------------------------------------------------------------------------------------
@@ -351,18 +291,6 @@ def upscale(
             router.to(weight.device, _wide(weight)).train(module.training)
             routed[place] = WEMoE(module, [_part(model, name) for model in models], router, layer=layer)
     return _prepare_for_text(_replace(upscaled, routed.get))
-
-
-def _replace(module: nn.Module, change: Callable, done: dict | None = None) -> nn.Module:
-    """The module, in place, with the outermost parts for which `change` gives another module replaced by that."""
-    done = {} if done is None else done  # a part that is held under two names stays one part
-    if module not in done:
-        done[module] = change(module)
-        if done[module] is None:
-            done[module] = module
-            for name, part in module._modules.items():
-                module._modules[name] = None if part is None else _replace(part, change, done)
-    return done[module]
 
 
 # ---- Test-time adaptation --------------------------------------------------------------------------------------------
@@ -429,8 +357,8 @@ def adapt(
     held = [p for group in optimizer.param_groups for p in group["params"]] if optimizer else trainable
     _check_adapt(trainable, loaders, heads, held, steps, start, lr)
     optimizer = optimizer or torch.optim.Adam(trainable, lr)
-    batches = {task: _endless(task, loader) for task, loader in loaders.items()}
-    history, device = [], trainable[0].device
+    batches = {task: _endless(task, loader, trainable[0].device) for task, loader in loaders.items()}
+    history = []
     # A distributed model exchanges gradients once a step, after the last task.
     last, no_exchange = list(loaders)[-1], getattr(model, "no_sync", nullcontext)
     with torch.inference_mode(False), torch.enable_grad():
@@ -441,17 +369,15 @@ def adapt(
             optimizer.zero_grad()
             entropies = []
             for task in loaders:
-                batch = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, next(batches[task]))
+                batch = next(batches[task])
                 with nullcontext() if task == last else no_exchange():
                     logits = heads[task](model(batch) if isinstance(batch, Tensor) else model(**batch))
-                    if logits.dim() != 2 or logits.shape[1] < 2:
-                        raise ValueError(f"Logits of {task!r} should be (B, C) with C > 1, not {tuple(logits.shape)}.")
+                    _check_logits(task, logits)
                     objective(logits).backward()
                 entropies.append(mean_entropy(logits.detach()))
             norm = torch.stack([p.grad.norm() for p in trainable if p.grad is not None]).norm()
             values = torch.stack([*entropies, norm]).tolist()  # one wait for the GPU
-            names = [*(f"entropy of task {task!r}" for task in loaders), "gradient"]
-            for what, value in zip(names, values):
+            for what, value in zip([*(f"entropy of task {task!r}" for task in loaders), "gradient"], values):
                 if not math.isfinite(value):
                     optimizer.zero_grad()
                     raise FloatingPointError(f"The {what} is {value} at step {step} of {steps}.")
@@ -464,19 +390,7 @@ def adapt(
     return history
 
 
-def _endless(task: str, loader: Iterable) -> Iterator[Tensor | dict[str, Tensor]]:
-    for epoch in itertools.count(1):
-        batch = None
-        for batch in loader:
-            if not isinstance(batch, Tensor | Mapping):
-                raise ValueError(f"The loader of task {task!r} yields {type(batch)}: unlabelled inputs are needed.")
-            yield batch if isinstance(batch, Tensor) else dict(batch)
-        if batch is None:
-            again = "" if epoch == 1 else " when started again; pass a list or a DataLoader, not an iterator"
-            raise ValueError(f"The loader of task {task!r} yields no batch{again}.")
-
-
-# ---- Beside the paper's path: looking at λ, constant routers merged for good, text -----------------------------------
+# ---- Looking at λ, and doing without ---------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -520,42 +434,110 @@ def unload(model: nn.Module) -> nn.Module:
         if getattr(module.router, "depth", None) != 0:
             what = f"a {type(module.router).__name__} that looks at its input"
             raise ValueError(f"Only routers of depth 0 can be unloaded, not {what}.")
-        lam = module.router.bias.detach()
-        return _replace(module.pretrained, lambda part: part.unloaded(lam) if isinstance(part, MergedLayer) else None)
+        return _replace(module.pretrained, functools.partial(_unmerged, lam=module.router.bias.detach()))
 
     return _replace(copy.deepcopy(model), unloaded)
 
 
-def set_token_mask(model: nn.Module, mask: Tensor | None) -> None:
-    """From now on, routers whose input is (B, N, D) average over the tokens where `mask` (B, N) is not zero.
+# ======================================================================================================================
+# The method ends here. What follows it stands on, and can be left unread: copies for one forward pass, a linear layer
+# that is fast, padding and generation of text, and what is refused, with one sentence for each.
 
-    So padding does not matter. Models that take an `attention_mask` do this by themselves. None ends it. The mask is
-    the model's, not a pass's: finish one text's backward pass before the next where activations are checkpointed.
+# ---- One forward pass: where λ is, and merged weights ----------------------------------------------------------------
+
+
+def _run_with(lam: Tensor, module: nn.Module, args: tuple, kwargs: dict):
+    """Run a module, whose merged layers take λ (B, T), in a copy made for this pass.
+
+    λ, and the weights that MergedLayer.for_all merges, are put in copies and never in the module itself. A checkpoint
+    inside, which runs again in the backward pass, finds those of its own forward pass there (functional_call would have
+    put back θ_0), and replicas and threads do not see one another's.
     """
-    for module in model.modules():
-        if isinstance(module, WEMoE):
-            module.mask = mask
+    copies: dict[nn.Module, nn.Module] = {}  # each part of the module -> its copy
+    used = _copied(module, copies)
+    for part in copies.values():
+        if isinstance(part, MergedLayer):
+            vars(part).update(lam=lam, ran=False)  # λ may be a parameter, which setattr would register
+    output = used(*args, **kwargs)
+    for part, used in copies.items():
+        if not isinstance(part, MergedLayer):  # keep what it has stored on itself in this pass, as modules may do
+            vars(part).update({name: value for name, value in vars(used).items() if name not in _STRUCTURE})
+            part._buffers.update(used._buffers)
+        elif not used.ran:
+            what = f"A {type(part.layer).__name__} did not run in a routed {type(module).__name__}"
+            raise RuntimeError(f"{what}: its weights were read, or not used. Route with layer=MergedLayer.")
+    return output
 
 
-def _prepare_for_text(model: nn.Module) -> nn.Module:
-    """Let an `attention_mask` reach the routers, and `generate` keep the routing weights of the prompt."""
-    for tower in model.modules():
-        # With pixel_values, too: the vision tower of a model of both is to run without the mask of the texts.
-        if inspect.signature(tower.forward).parameters.keys() & {"input_ids", "pixel_values"}:
-            tower.register_forward_pre_hook(_take_attention_mask, with_kwargs=True)
-        if hasattr(type(tower), "generate"):
-            tower.generate = functools.partial(_generate, tower)
-    return model
+def _lam_of(layer: MergedLayer, x: Tensor) -> Tensor:
+    """λ in this pass, (B, T) or (1, T). Raises an error if the layer cannot run with it on x (B, ...), or not so."""
+    if "lam" not in vars(layer):
+        raise RuntimeError("A merged layer runs in the WEMoE module that it is a part of, not by itself.")
+    lam, layer.ran = layer.lam, True
+    if lam.requires_grad and not torch.is_grad_enabled():
+        raise RuntimeError("A merged layer ran without gradients: give checkpoint use_reentrant=False.")
+    if any(p.requires_grad for p in layer.parameters()):
+        raise NotImplementedError("In a WEMoE module only the router is trainable: freeze everything else.")
+    if len(lam) > 1 and len(x) not in (1, len(lam)):
+        what = f"{type(layer.layer).__name__} got {tuple(x.shape)} for {len(lam)} samples"
+        raise ValueError(f"{what}: route the module that it is in with layer=MergedLayer.")
+    for part in layer.layer.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            part.training = False  # in this copy: one sample has no statistics, the merged ones serve
+    return lam
 
 
-def _take_attention_mask(tower: nn.Module, args: tuple, kwargs: dict) -> None:
-    mask = inspect.signature(tower.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
-    set_token_mask(tower, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
+_STRUCTURE = "_modules", "_parameters", "_buffers", "training"  # a module's other attributes are what it stores
 
 
-def _generate(model: nn.Module, *args, **kwargs):
-    with frozen_routing(model):
-        return type(model).generate(model, *args, **kwargs)
+def _copied(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
+    """A copy of the module, of the same tensors and hooks; `copies` gets that of each part."""
+    if module not in copies:
+        copies[module] = used = object.__new__(type(module))
+        used.__dict__ = dict(vars(module))
+        used._modules = {n: None if part is None else _copied(part, copies) for n, part in module._modules.items()}
+        used._parameters, used._buffers = module._parameters.copy(), module._buffers.copy()
+    return copies[module]
+
+
+def _with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """The module with its tensors replaced by these; not overwritten, as another module may hold the same tensor."""
+    for name, p in weights.items():
+        path, _, entry = name.rpartition(".")
+        part = module.get_submodule(path)
+        vars(part).pop(entry, None)  # in a replica of DataParallel, tensors are plain attributes
+        held = part._buffers if entry in part._buffers else part._parameters
+        if held is part._buffers and isinstance(part, nn.modules.batchnorm._NormBase):
+            p = p.detach()  # torch does not differentiate by running statistics
+        held[entry] = p
+    return module
+
+
+def _replace(module: nn.Module, change: Callable, done: dict | None = None) -> nn.Module:
+    """The module, in place, with the outermost parts for which `change` gives another module replaced by that."""
+    done = {} if done is None else done  # a part that is held under two names stays one part
+    if module not in done:
+        done[module] = change(module)
+        if done[module] is None:
+            done[module] = module
+            for name, part in module._modules.items():
+                module._modules[name] = None if part is None else _replace(part, change, done)
+    return done[module]
+
+
+def _unmerged(merged: nn.Module, lam: Tensor) -> nn.Module | None:
+    """The layer that a merged layer was made of, with the weights for λ (T,)."""
+    if not isinstance(merged, MergedLayer):
+        return None
+    weights, parameters = merged.weights(lam), dict(merged.layer.named_parameters(remove_duplicate=False))
+    weights.update({n: nn.Parameter(p, requires_grad=False) for n, p in weights.items() if n in parameters})
+    _swap_hooks(merged, merged.layer, merged.moved)
+    return _with_weights(merged.layer, weights)
+
+
+def _swap_hooks(one: nn.Module, other: nn.Module, kinds: str) -> None:
+    for name in [name for name in vars(one) if "hook" in name and re.search(kinds, name)]:
+        vars(one)[name], vars(other)[name] = vars(other)[name], vars(one)[name]
 
 
 # ---- What makes it fast: linear layers, merged and applied tile by tile ----------------------------------------------
@@ -564,19 +546,13 @@ def _generate(model: nn.Module, *args, **kwargs):
 class MergedLinear(MergedLayer, nn.Linear):
     """A linear layer with weights of its own for each sample; to libraries, an nn.Linear. See MergedLayer."""
 
-    def __init__(self, layer: nn.Linear, tau: Mapping[Tensor, Tensor]):
-        super().__init__(layer, tau)
-        _swap_hooks(self, layer)  # it runs in its place
+    moved = "forward|backward"
 
-    def unloaded(self, lam: Tensor) -> nn.Module:
-        _swap_hooks(self, self.layer)
-        return super().unloaded(lam)
-
-    def rows(self, rows: slice) -> Tensor:
+    def tau_rows(self, rows: slice) -> Tensor:
         """τ in these rows of the matrix: (T, rows, D_in)."""
         return self.tau(0)[:, rows]
 
-    def each(self, lam: Tensor, input: Tensor) -> Tensor:
+    def for_each(self, lam: Tensor, input: Tensor) -> Tensor:
         device, theta_0, bias = input.device.type, self.layer.weight, self.layer.bias
         x = input.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else input
         with torch.autocast(device, enabled=False):
@@ -585,11 +561,6 @@ class MergedLinear(MergedLayer, nn.Linear):
             tokens = x[:, None] if x.dim() == 2 else x.flatten(1, -2)  # (B, N, D_in)
             y = _MergedProduct.apply(tokens, lam, theta_0, bias, self)
         return y.view(*x.shape[:-1], len(theta_0))
-
-
-def _swap_hooks(one: nn.Module, other: nn.Module) -> None:
-    for name in [name for name in vars(one) if re.search("(forward|backward).*hook", name)]:
-        vars(one)[name], vars(other)[name] = vars(other)[name], vars(one)[name]
 
 
 class _MergedProduct(torch.autograd.Function):
@@ -636,12 +607,47 @@ def _tiles(lam: Tensor, theta: Tensor, layer: MergedLinear) -> Iterator[tuple[sl
     step = max(1, _TILE.get(lam.device.type, _TILE["cuda"]) // (_SAMPLES * width))
     memory = theta.new_empty(min(_SAMPLES, len(lam)) * min(step, height) * width)
     for rows in (slice(i, i + step) for i in range(0, height, step)):
-        theta_0, tau = theta[rows].flatten(), layer.rows(rows).flatten(1)
+        theta_0, tau = theta[rows].flatten(), layer.tau_rows(rows).flatten(1)
         for samples in (slice(i, i + _SAMPLES) for i in range(0, len(lam), _SAMPLES)):
             lam_of = lam[samples]
             w = memory[: len(lam_of) * len(theta_0)].view(len(lam_of), len(theta_0))
             torch.addmm(theta_0, lam_of, tau, out=w)
             yield samples, rows, w.view(len(lam_of), -1, width), tau
+
+
+# ---- Text: padding and generation -----------------------------------------------------------------------------------
+
+
+def set_token_mask(model: nn.Module, mask: Tensor | None) -> None:
+    """From now on, routers whose input is (B, N, D) average over the tokens where `mask` (B, N) is not zero.
+
+    So padding does not matter. Models that take an `attention_mask` do this by themselves. None ends it. The mask is
+    the model's, not a pass's: finish one text's backward pass before the next where activations are checkpointed.
+    """
+    for module in model.modules():
+        if isinstance(module, WEMoE):
+            module.mask = mask
+
+
+def _prepare_for_text(model: nn.Module) -> nn.Module:
+    """Let an `attention_mask` reach the routers, and `generate` keep the routing weights of the prompt."""
+    for tower in model.modules():
+        # With pixel_values, too: the vision tower of a model of both is to run without the mask of the texts.
+        if inspect.signature(tower.forward).parameters.keys() & {"input_ids", "pixel_values"}:
+            tower.register_forward_pre_hook(_take_attention_mask, with_kwargs=True)
+        if hasattr(type(tower), "generate"):
+            tower.generate = functools.partial(_generate, tower)
+    return model
+
+
+def _take_attention_mask(tower: nn.Module, args: tuple, kwargs: dict) -> None:
+    mask = inspect.signature(tower.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
+    set_token_mask(tower, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
+
+
+def _generate(model: nn.Module, *args, **kwargs):
+    with frozen_routing(model):
+        return type(model).generate(model, *args, **kwargs)
 
 
 # ---- What is asked of models, modules and arguments, and what is refused ---------------------------------------------
@@ -820,6 +826,25 @@ def _check_adapt(trainable: list, loaders: Mapping, heads: Mapping, held: list, 
     ):
         if found:
             raise ValueError(f"adapt cannot start: {problem}.")
+
+
+def _endless(task: str, loader: Iterable, device: torch.device) -> Iterator[Tensor | dict[str, Tensor]]:
+    """The batches of a loader, again and again. Raises ValueError for what is no batch, and if there is none."""
+    for epoch in itertools.count(1):
+        batch = None
+        for batch in loader:
+            if not isinstance(batch, Tensor | Mapping):
+                raise ValueError(f"The loader of task {task!r} yields {type(batch)}: unlabelled inputs are needed.")
+            batch = batch if isinstance(batch, Tensor) else dict(batch)
+            yield tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
+        if batch is None:
+            again = "" if epoch == 1 else " when started again; pass a list or a DataLoader, not an iterator"
+            raise ValueError(f"The loader of task {task!r} yields no batch{again}.")
+
+
+def _check_logits(task: str, logits: Tensor) -> None:
+    if logits.dim() != 2 or logits.shape[1] < 2:
+        raise ValueError(f"Logits of {task!r} should be (B, C) with C > 1, not {tuple(logits.shape)}.")
 
 
 def _quote(names: Iterable[str], most: int = 8) -> str:

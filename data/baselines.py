@@ -271,7 +271,7 @@ class AdaMerging(MergedLayer):
             return {name: theta_0[name] + self.update(self.lam, i) for name, i in self.names.items()}
 
     def forward(self, *args, **kwargs):
-        return self.run(self.lam, *args, **kwargs)
+        return self.for_all(self.lam, *args, **kwargs)
 
 
 class ConcreteMask(AdaMerging):
@@ -347,9 +347,9 @@ class SparseLinear(MergedLinear):
         self.values = nn.Parameter(dense.transpose(0, 1).flatten()[by_rows], requires_grad=False)
 
     def tau(self, i: int) -> Tensor:
-        return self.rows(slice(0, self.shape[1])) if i == 0 else super().tau(i)
+        return self.tau_rows(slice(0, self.shape[1])) if i == 0 else super().tau(i)
 
-    def rows(self, rows: slice) -> Tensor:
+    def tau_rows(self, rows: slice) -> Tensor:
         size = self.shape[0] * self.shape[2]  # of one row, all tasks
         ends = [rows.start * size, min(rows.stop, self.shape[1]) * size]
         start, stop = torch.searchsorted(self.index, self.index.new_tensor(ends)).tolist()
@@ -374,10 +374,10 @@ class LowRankLinear(MergedLinear):
     def tau(self, i: int) -> Tensor:
         return self.u.movedim(1, 0) @ self.v if i == 0 else super().tau(i)
 
-    def run(self, lam: Tensor, x: Tensor) -> Tensor:  # λ (T,) for all samples
-        return self.each(lam[None], x)
+    def for_all(self, lam: Tensor, x: Tensor) -> Tensor:
+        return self.for_each(lam[None], x)
 
-    def each(self, lam: Tensor, x: Tensor) -> Tensor:
+    def for_each(self, lam: Tensor, x: Tensor) -> Tensor:
         x = x if len(lam) == 1 else x.expand(len(lam), *x.shape[1:])
         lam = lam.view(len(lam), *[1] * (x.dim() - 2), -1)  # (B, ..., T)
         h = F.linear(x, self.v.flatten(0, 1))  # (B, ..., T · r)
@@ -425,15 +425,14 @@ def average_over_batch(model: nn.Module) -> nn.Module:
 
 
 class BatchRouter(nn.Module):
-    """A router's λ in the mean over the batch, the same for every sample: (B, ..., D) -> (B, T)."""
+    """A router's λ in the mean over the batch, for all its samples: (B, ..., D) -> (1, T)."""
 
     def __init__(self, router: nn.Module):
         super().__init__()
         self.router, self.num_tasks = router, router.num_tasks
 
     def forward(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
-        lam = self.router(h, mask)
-        return lam.mean(0, keepdim=True).expand_as(lam)
+        return self.router(h, mask).mean(0, keepdim=True)
 
 
 class TwinMerging(nn.Module):
@@ -481,14 +480,10 @@ class _Given(nn.Module):
 
     lam: Tensor | None = None
 
-    @property
-    def depth(self) -> int | None:
-        return 0 if self.lam is not None and len(self.lam) == 1 else None  # of one λ, layers merge once
-
     def forward(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
         if self.lam is None:
             raise RuntimeError("A module of Twin-Merging runs in a forward pass of the whole, which gives λ.")
-        return self.lam.expand(len(h), -1)
+        return self.lam
 
 
 # Transformer blocks in open_clip, timm, torchvision and Hugging Face.

@@ -694,7 +694,7 @@ def test_sparse_and_low_rank_forms_really_take_less_memory(tasks):
 def test_one_row_serves_all_samples():
     module = WEMoE(*family("linear", 4, 2, 0), randomised(Router(4, 2)), layer=LAYERS["low rank"])
     part, x, lam = module.pretrained, torch.randn(1, 3, 4), torch.randn(6, 2)
-    close(part.each(lam, x), torch.cat([part.each(row[None], x) for row in lam]))
+    close(part.for_each(lam, x), torch.cat([part.for_each(row[None], x) for row in lam]))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
