@@ -50,11 +50,15 @@ class Condition:
     settings: dict[str, dict] = field(default_factory=dict)
 
 
+@dataclass
 class Measured:
-    """What was measured: condition -> method -> an entry of results.json for every seed."""
+    suite: Suite  # of the last seed
+    conditions: list[Condition]
+    entries: dict[str, dict[str, list[dict]]]  # condition -> method -> an entry of results.json for every seed
 
-    def __init__(self, suite: Suite, conditions: list[Condition], entries: dict[str, dict[str, list[dict]]]):
-        self.suite, self.conditions, self.entries = suite, conditions, entries
+    def first(self) -> dict[str, dict]:
+        """Method -> the entry of the first seed, where all tasks are as they are."""
+        return {name: seeds[0] for name, seeds in self.entries["main"].items()}
 
     def has(self, *methods: str) -> bool:
         return all(set(methods) <= entries.keys() for entries in self.entries.values())
@@ -81,6 +85,18 @@ class Shown:
 
 def claim(text: str, holds: bool, detail: str) -> dict:
     return {"claim": text, "holds": bool(holds), "detail": detail}
+
+
+Expected = tuple[str, tuple[str, ...], Callable[..., bool], str]  # text, methods, whether it holds, detail
+
+
+def claims_about(averages: dict[str, float], expected: tuple[Expected, ...]) -> list[dict]:
+    """What is expected of the average accuracies of methods; claims about methods that were not run are left out."""
+    return [
+        claim(text, holds(*values), detail.format(*values))
+        for text, names, holds, detail in expected
+        if all(name in averages for name in names) and (values := [averages[name] for name in names])
+    ]
 
 
 def comparable(suite: Suite, rows: list[dict], entries: dict[str, list[dict]]) -> list[dict]:
@@ -128,7 +144,7 @@ def one_table(
 
 
 def show_main(measured: Measured) -> Shown:
-    suite, entries = measured.suite, {name: seeds[0] for name, seeds in measured.entries["main"].items()}
+    suite, entries = measured.suite, measured.first()
     average = {name: round(measured.average("main", name), 2) for name in entries}
     count = sum(len(labels) for _, labels in suite.test.values())
     figures = {"accuracy": report.draw_accuracy(suite.tasks, list(entries.values()))}
@@ -150,36 +166,33 @@ def by_scaling(entry: dict, tasks: list[str]) -> dict[float, float]:
     return {p["scaling"]: statistics.mean(p["accuracy"][task] for task in tasks) for p in entry["curve"]}
 
 
+IN_THE_PAPER: tuple[Expected, ...] = (
+    ("Every expert's task is within its reach: the individual models average at least 90 %",
+     ("Individual",), lambda i: i >= 90, "{:.1f}"),
+    ("The static merges of its time lose at least 8 points against the individual models, even at the best λ",
+     ("Best static", "Individual"), lambda s, i: s <= i - 8, "{:.1f} ≤ {:.1f} - 8"),
+    ("The order is the paper's: pre-trained < averaging and task arithmetic < WEMoE ≤ individual",
+     ("Pre-trained", "Weight Averaging", "Task Arithmetic", "WEMoE", "Individual"),
+     lambda p, a, t, w, i: p < min(a, t) and max(a, t) < w <= i, "{:.1f} < {:.1f}, {:.1f} < {:.1f} ≤ {:.1f}"),
+    ("WEMoE is at least 5 points better than every static merge of its time",
+     ("WEMoE", "Best static"), lambda w, s: w >= s + 5, "{:.1f} ≥ {:.1f} + 5"),
+    ("WEMoE is better than AdaMerging",
+     ("WEMoE", "AdaMerging (layer-wise)"), lambda w, a: w > a, "{:.1f} > {:.1f}"),
+    ("WEMoE recovers at least 95 % of the individual models' accuracy",
+     ("WEMoE", "Individual"), lambda w, i: w >= 0.95 * i, "{:.1f} ≥ 0.95 · {:.1f}"),
+    ("Routers that look at the input are not worse than constant ones",
+     tuple(DEPTHS.values()), lambda zero, one, two: zero <= min(one, two), "0, 1, 2 layers: {:.1f}, {:.1f}, {:.1f}"),
+)  # fmt: skip
+
+
 def paper_claims(entries: dict[str, list[dict]]) -> list[dict]:
-    """What the paper claims, on our own means over seeds; claims about methods that were not run are left out."""
+    """What the paper claims, on our own means over seeds."""
     average = {name: round(statistics.mean(e["average"] for e in seeds), 2) for name, seeds in entries.items()}
     if "Task Arithmetic" in entries:  # or averaging or TIES, at the best λ, which no label-free method could know
         merges = [seeds for seeds in entries.values() if seeds[0]["group"] == STATIC]
         points = [point for seeds in merges for point in zip(*(entry.get("curve", [entry]) for entry in seeds))]
         average["Best static"] = round(max(statistics.mean(p["average"] for p in point) for point in points), 2)
-    order = ("Pre-trained", "Weight Averaging", "Task Arithmetic", "WEMoE", "Individual")
-    claims = [
-        claim(text, holds(*values), detail.format(*values))
-        for text, needs, holds, detail in (
-            ("Every expert's task is within its reach: the individual models average at least 90 %",
-             ("Individual",), lambda i: i >= 90, "{0:.1f}"),
-            ("The static merges of its time lose at least 8 points against the individual models, even at the best λ",
-             ("Best static", "Individual"), lambda s, i: s <= i - 8, "{0:.1f} ≤ {1:.1f} - 8"),
-            ("The order is the paper's: pre-trained < averaging and task arithmetic < WEMoE ≤ individual",
-             order, lambda p, a, t, w, i: p < min(a, t) and max(a, t) < w <= i,
-             "{0:.1f} < {1:.1f}, {2:.1f} < {3:.1f} ≤ {4:.1f}"),
-            ("WEMoE is at least 5 points better than every static merge of its time",
-             ("WEMoE", "Best static"), lambda w, s: w >= s + 5, "{0:.1f} ≥ {1:.1f} + 5"),
-            ("WEMoE is better than AdaMerging",
-             ("WEMoE", "AdaMerging (layer-wise)"), lambda w, a: w > a, "{0:.1f} > {1:.1f}"),
-            ("WEMoE recovers at least 95 % of the individual models' accuracy",
-             ("WEMoE", "Individual"), lambda w, i: w >= 0.95 * i, "{0:.1f} ≥ 0.95 · {1:.1f}"),
-            ("Routers that look at the input are not worse than constant ones",
-             tuple(DEPTHS.values()), lambda zero, one, two: zero <= min(one, two),
-             "0, 1, 2 layers: {0:.1f}, {1:.1f}, {2:.1f}"),
-        )
-        if all(name in average for name in needs) and (values := [average[name] for name in needs])
-    ]  # fmt: skip
+    claims = claims_about(average, IN_THE_PAPER)
     if "WEMoE" in entries:
         curves = [entry["adaptation"] for entry in entries["WEMoE"]]
         entropy, accuracy = (
@@ -194,36 +207,30 @@ def paper_claims(entries: dict[str, list[dict]]) -> list[dict]:
     return claims
 
 
-def show_methods(measured: Measured, expected: Callable[[Callable[[str], float]], list[dict]], *needed: str) -> Shown:
-    """A heat map of one table; in the miniature, what is expected of the average accuracies of the methods needed."""
-    entries = [seeds[0] for seeds in measured.entries["main"].values()]
-    figures = {"accuracy": report.draw_accuracy(measured.suite.tasks, entries)}
+MLP_ONLY, SEPARATELY, BLOCKS = DEPTHS[1], "WEMoE (1-layer, attention and MLP)", "WEMoE (1-layer, blocks)"
+OF_DEPTHS: tuple[Expected, ...] = (
+    ("Routers of one layer are within a point of two",
+     (DEPTHS[1], DEPTHS[2]), lambda one, two: abs(one - two) <= 1, "{:.1f} and {:.1f}"),
+    ("Both are better than AdaMerging", (DEPTHS[1], DEPTHS[2], "AdaMerging (layer-wise)"),
+     lambda one, two, fixed: min(one, two) > fixed, "{:.1f}, {:.1f} > {:.1f}"),
+)  # fmt: skip
+OF_MODULES: tuple[Expected, ...] = (
+    ("Routing attention, too, is no worse than MLPs only",
+     (SEPARATELY, MLP_ONLY), lambda both, mlp: both >= mlp, "{:.1f} ≥ {:.1f}"),
+    ("Routing entire blocks is worse than MLPs only",
+     (BLOCKS, MLP_ONLY), lambda blocks, mlp: blocks < mlp, "{:.1f} < {:.1f}"),
+)  # fmt: skip
+
+
+def show_methods(measured: Measured, expected: tuple[Expected, ...]) -> Shown:
+    """A heat map of one table; in the miniature, what is expected of it."""
+    figures = {"accuracy": report.draw_accuracy(measured.suite.tasks, list(measured.first().values()))}
     if of_the_paper(measured.suite):
         return Shown(figures, published_claims(measured))
-    return Shown(figures, expected(partial(measured.average, "main")) if measured.has(*needed) else [])
+    return Shown(figures, claims_about({name: measured.average("main", name) for name in measured.first()}, expected))
 
 
-def expect_depths(average: Callable[[str], float]) -> list[dict]:
-    one, two, fixed = average(DEPTHS[1]), average(DEPTHS[2]), average("AdaMerging (layer-wise)")
-    return [
-        claim("Routers of one layer are within a point of two", abs(one - two) <= 1, f"{one:.1f} and {two:.1f}"),
-        claim("Both are better than AdaMerging", min(one, two) > fixed, f"{one:.1f}, {two:.1f} > {fixed:.1f}"),
-    ]
-
-
-MLP_ONLY, SEPARATELY, BLOCKS = DEPTHS[1], "WEMoE (1-layer, attention and MLP)", "WEMoE (1-layer, blocks)"
-
-
-def expect_modules(average: Callable[[str], float]) -> list[dict]:
-    mlp, both, blocks = average(MLP_ONLY), average(SEPARATELY), average(BLOCKS)
-    return [
-        claim("Routing attention, too, is no worse than MLPs only", both >= mlp, f"{both:.1f} ≥ {mlp:.1f}"),
-        claim("Routing entire blocks is worse than MLPs only", blocks < mlp, f"{blocks:.1f} < {mlp:.1f}"),
-    ]
-
-
-show_depths = partial(show_methods, expected=expect_depths)
-show_modules = partial(show_methods, expected=expect_modules)
+show_depths, show_modules = (partial(show_methods, expected=expected) for expected in (OF_DEPTHS, OF_MODULES))
 
 # ---- Other test images: Tables 4, 5 and 11, and what goes wrong under noise ------------------------------------------
 
@@ -420,8 +427,7 @@ def deepest_mlps(model: nn.Module, share: float) -> str:
 
 def show_layers(measured: Measured) -> Shown:
     """Accuracy, parameters and time of evaluation against how many layers are routed (Appendix D)."""
-    entries = [seeds[0] for seeds in measured.entries["main"].values()]
-    entries.sort(key=lambda entry: len(entry.get("routing", ())))
+    entries = sorted(measured.first().values(), key=lambda entry: len(entry.get("routing", ())))
     panels, rows = {}, []
     for what, key, scale in (
         ("accuracy (%)", "average", 1),
@@ -444,7 +450,7 @@ def show_unload(measured: Measured) -> Shown:
     names = DEPTHS[0], UNLOADED, "Task Arithmetic"
     if not measured.has(*names):
         return Shown()
-    routed, unloaded, dense = (measured.entries["main"][name][0] for name in names)
+    routed, unloaded, dense = (measured.first()[name] for name in names)
     most = max(abs(routed["accuracy"][task] - unloaded["accuracy"][task]) for task in measured.suite.tasks)
     sizes = [entry["total_parameters"] for entry in (unloaded, dense)]
     return Shown({}, [
@@ -458,9 +464,9 @@ def show_unload(measured: Measured) -> Shown:
 
 def show_routing(measured: Measured) -> Shown:
     tasks, figures = measured.suite.tasks, {}
-    (entry, *_) = measured.entries["main"]["WEMoE"]
+    entry = measured.first()["WEMoE"]
     figures["routing"] = report.draw_routing(tasks, entry["routing"])
-    figures["first_choice"] = report.draw_routing(tasks, entry["first_choice"], "share of images: first choice", True)
+    figures["first_choice"] = report.draw_routing(tasks, entry["first_choice"], first=True)
     rows = [
         [name, number(100 * statistics.mean(shares[i] for i, shares in enumerate(matrix)))]
         for name, matrix in entry["first_choice"].items()
@@ -469,10 +475,6 @@ def show_routing(measured: Measured) -> Shown:
 
 
 # ---- Task vectors by layer (Figure 3), and the loss between them (Figure 7) ------------------------------------------
-
-
-def no_conditions(*_) -> list[Condition]:
-    return []
 
 
 def show_vectors(measured: Measured) -> Shown:
@@ -618,7 +620,7 @@ def show_task_free(measured: Measured) -> Shown:
             if rule in entries[0]["task_free"]:
                 chosen = [{"accuracy": entry["task_free"][rule]} for entry in entries]
                 groups[text][name] = report.averages(chosen, tasks)
-    rows = [[name, *(over_seeds(group.get(name)) for group in groups.values())] for name in groups["head given"]]
+    rows = [[name, *(report.spread(group.get(name)) for group in groups.values())] for name in groups["head given"]]
     return Shown({"task_free": report.draw_conditions(groups)}, [], report.markdown(["Method", *groups], rows))
 
 
@@ -637,13 +639,6 @@ def show_numbers_of_tasks(measured: Measured) -> Shown:
         for name, entries in measured.entries[condition.name].items():
             values = report.averages(entries, tasks)
             lines.setdefault(name, {})[len(tasks)] = statistics.mean(values)
-            cells.setdefault(name, []).append(over_seeds(values))
+            cells.setdefault(name, []).append(report.spread(values))
     text = report.markdown(["Method", *(c.name for c in measured.conditions)], [[n, *row] for n, row in cells.items()])
     return Shown({"tasks": report.draw_lines({"number of tasks": lines})}, [], text)
-
-
-def over_seeds(values: list[float] | None) -> str:
-    """Mean ± standard deviation, of several."""
-    if not values:
-        return ""
-    return number(statistics.mean(values)) + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")

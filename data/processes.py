@@ -1,13 +1,14 @@
-"""Several processes: workers on one machine's cores, ranks of torchrun on several GPUs, and what they show and say."""
+"""Processes: workers on one machine's cores, ranks of torchrun on several GPUs, what they say, and how they end."""
 
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from itertools import repeat
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,38 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.files import InputError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def interrupt(*_) -> None:
+    for each_signal in SIGNALS:
+        signal.signal(each_signal, signal.SIG_IGN)  # once is enough
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """While this lasts, the first signal to end is a KeyboardInterrupt, in the only thread that may say so."""
+    on_main = current_thread() is main_thread()
+    before = {each_signal: signal.signal(each_signal, interrupt) for each_signal in SIGNALS if on_main}
+    try:
+        yield
+    finally:
+        for each_signal, handler in before.items():
+            signal.signal(each_signal, handler)
+
+
+@contextmanager
+def torchrun() -> Iterator[None]:
+    """The group of processes of which this is one, if torchrun has started it."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group()
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def rank() -> int:

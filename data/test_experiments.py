@@ -296,7 +296,7 @@ def test_experiments_from_end_to_end(name, shared, monkeypatch, capsys):
     monkeypatch.setitem(reproduce.METHODS, experiments.LANDSCAPE, landscape)
     monkeypatch.setattr(experiments, "ABLATION", {"lr": experiments.ABLATION["lr"]})
     monkeypatch.setattr(experiments, "LAMBDAS", lambdas)
-    several = not chosen.tasks and not chosen.all_tasks
+    several = not chosen.tasks
     options = ["--steps", "1", *(["--methods", *methods] if methods else [])]
     options += ["--tasks", "signs", "digits"] if several else []
     command = ["--workers", "1", "--output", str(shared), "--experiment", name]
