@@ -11,10 +11,10 @@
     python reproduce.py miniature-text    small tasks over sentences: text, as little; roberta-glue, flan-t5-glue: GLUE
 
 A suite is data: tasks, zero-shot heads, test images, a pre-trained vision tower and its fine-tuned experts. A method
-turns the experts into one model, or into one for each task. An experiment runs methods under several conditions and
-says what it shows. In every table, the head of an image is that of its own task; the merged tower does not know the
-task. Results go to `results/<suite>/`: results.json, table.md and figures. What is finished is kept in `cache/` there,
-and a run started again goes on from it.
+turns the experts into one model, or into one for each task: METHODS has them all. An experiment runs methods under
+several conditions and says what it shows: EXPERIMENTS, in data/experiments.py. In every table, the head of an image is
+that of its own task; the merged tower does not know the task. Results go to `results/<suite>/`: results.json, table.md
+and figures. What is finished is kept in `cache/` there, and a run started again goes on from it.
 """
 
 import os
@@ -47,16 +47,15 @@ import wemoe
 from data import baselines, experiments, report
 from data.bench import bench
 from data.dependencies import code_of
-from data.experiments import ADAPTATION, DEPTHS, RANKS, STATIC, TRAINING_IMAGES, VALIDATION, Condition, Measured, Shown
+from data.experiments import ADAPTATION, EXPERIMENTS, RANKS, STATIC, STORY, TRAINING_IMAGES, VALIDATION, Measured
 from data.files import InputError, Parser, alone, check_numbers, check_output, fingerprint, one_line, read_kept, write
-from data.miniature.corruptions import CORRUPTIONS
 from data.miniature.suite import COUNTERPARTS, miniature_suite
 from data.miniature.tasks import ALL_TASKS, TASKS
-from data.paper import published
 from data.paper.hub import ARCHITECTURES
 from data.paper.hub import TASKS as PAPER_TASKS
+from data.paper.published import PUBLISHED_TASKS
 from data.paper.suite import paper_suite
-from data.processes import barrier, choose_device, each, interruptible, progress, rank, say, torchrun, world
+from data.processes import barrier, choose_device, each, progress, rank, say, taking_part, world
 from data.suite import Suite, adapt, evaluate, evaluate_task_free, fine_tune, mean, routing
 from data.text.glue import GLUE, SENSELESS, flan_t5_glue_suite, roberta_glue_suite
 from data.text.miniature import TASKS as TEXT_TASKS
@@ -311,7 +310,6 @@ METHODS = {
     "Individual": Method(REFERENCE, lambda s: s.experts, 4),
 }
 MAIN = list(METHODS)
-STORY = ["Pre-trained", "Weight Averaging", "Task Arithmetic", "AdaMerging (layer-wise)", "WEMoE", "Individual"]
 METHODS |= {  # for other experiments than the main one
     **{name: low_rank(rank) for rank, name in RANKS.items()},
     **{name: Method(LEARNED, partial(deepest_routed, share=share), 90) for share, name in experiments.SHARES.items()},
@@ -324,171 +322,6 @@ METHODS |= {  # for other experiments than the main one
     "Oracle routing": Method(GIVEN, oracle_routing, 6),
     "Oracle routing (TSV-M elsewhere)": Method(GIVEN, partial(oracle_routing, elsewhere=baselines.tsv_merge), 12),
     experiments.LANDSCAPE: Method(STATIC, experiments.landscape, 60),
-}
-
-
-# ---- Experiments: what runs under which conditions, and what is shown ------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Experiment:
-    about: str
-    minutes: int  # some, that it takes in the miniature on 2 cores: an estimate, by its methods' seconds
-    methods: list[str]  # that it may run
-    show: Callable[[Measured], Shown]
-    conditions: Callable[[Suite, list[str]], list[Condition]] | None = experiments.one_table  # None: it needs no suite
-    paper: tuple[str, ...] = ()  # its numbers in the paper
-    usual: list[str] | None = None  # that it runs unless told otherwise; None: all of them
-    tasks: list[str] | None = None  # if it has its own, of the paper's suites; in the miniature, their counterparts
-    more_tasks: bool = False  # whether it takes all that the miniature can draw, and not the first eight only
-    splits: tuple[str, ...] = ()  # of the data sets, besides the test split
-    seeds: int = 1
-    steps: int | None = None  # of adaptation, in the miniature; None: as many as usual
-    scalings: tuple[float, ...] = ()  # λ that methods which merge once try, besides their own
-    details: bool = False  # whether its tables tell time and size, too
-
-
-SHIFTED = ["Task Arithmetic", "TIES-Merging", "Fisher Merging", "RegMean", "AdaMerging (layer-wise)"]
-SHIFTED += ["AdaMerging++ (layer-wise)", "WEMoE (0-layer)", "WEMoE"]
-MANY_TASKS = ["Task Arithmetic", "TSV-M", "AdaMerging (layer-wise)", "WEMoE (rank 16)", "WEMoE"]
-MANY_TASKS += ["WEMoE (TSV-M elsewhere)", "Oracle routing", "Oracle routing (TSV-M elsewhere)", "Individual"]
-CORRUPTED = {"tasks": published.ROBUSTNESS_TASKS, "splits": tuple(CORRUPTIONS)}
-EXPERIMENTS = {
-    "main": Experiment(
-        "methods on every task, and what each needs besides the experts",
-        minutes=4,
-        methods=MAIN,
-        show=experiments.show_main,
-        paper=("table2", "table3", "table7"),
-        usual=STORY,
-        details=True,
-    ),
-    "depths": Experiment(
-        "routers of no, one and two layers",
-        minutes=4,
-        methods=["AdaMerging (layer-wise)", *DEPTHS.values()],
-        show=experiments.show_depths,
-        conditions=partial(experiments.one_table, rows=published.router_depths),
-        paper=("table10",),
-    ),
-    "modules": Experiment(
-        "what is routed: MLPs, attention and MLPs, or entire blocks, by one-layer routers",
-        minutes=10,
-        methods=[experiments.MLP_ONLY, experiments.SEPARATELY, experiments.BLOCKS],
-        show=experiments.show_modules,
-        conditions=partial(experiments.one_table, rows=published.routed_modules),
-        paper=("table6",),
-    ),
-    "generalization": Experiment(
-        "six tasks merged, eight tested",
-        minutes=8,
-        methods=["Pre-trained", *SHIFTED],
-        show=experiments.show_generalization,
-        conditions=experiments.generalization_conditions,
-        paper=("table4",),
-        tasks=published.PUBLISHED_TASKS,
-    ),
-    "robustness": Experiment(
-        "four tasks merged, tested under seven corruptions",
-        minutes=20,
-        methods=[*SHIFTED, "WEMoE + diversity"],
-        show=experiments.show_robustness,
-        conditions=experiments.corrupted_conditions,
-        paper=("table5", "table11"),
-        **CORRUPTED,
-    ),
-    "sweep": Experiment(
-        "accuracy against λ, under corruptions",
-        minutes=5,
-        methods=["Task Arithmetic", "TIES-Merging", DEPTHS[0], DEPTHS[2]],
-        show=experiments.show_sweep,
-        conditions=experiments.sweep_conditions,
-        paper=("fig5", "fig10"),
-        **CORRUPTED,
-        steps=40,
-        scalings=experiments.LAMBDAS,
-    ),
-    "ablation": Experiment(
-        "settings of WEMoE, one at a time, and accuracy during adaptation by learning rate",
-        minutes=15,
-        methods=[*DEPTHS.values(), *RANKS.values()],
-        show=experiments.show_ablation,
-        conditions=experiments.ablation_conditions,
-        paper=("fig4",),
-    ),
-    "layers": Experiment(
-        "only the deeper MLPs routed: accuracy, parameters and time",
-        minutes=5,
-        methods=["Task Arithmetic", *experiments.SHARES.values(), "WEMoE"],
-        show=experiments.show_layers,
-        paper=("appendixd",),
-    ),
-    "unload": Experiment(
-        "constant routers merged once and for all: the same accuracies from a dense model",
-        minutes=2,
-        methods=["Task Arithmetic", DEPTHS[0], experiments.UNLOADED],
-        show=experiments.show_unload,
-        paper=("appendixb3",),
-        details=True,
-    ),
-    "routing": Experiment(
-        "mean routing weights and first choices, by layer and task",
-        minutes=3,
-        methods=["WEMoE"],
-        show=experiments.show_routing,
-        paper=("fig11", "fig12"),
-    ),
-    "vectors": Experiment(
-        "lengths and angles of task vectors by layer, attention against MLP",
-        minutes=1,
-        methods=[],
-        show=experiments.show_vectors,
-        conditions=lambda *_: [],
-        paper=("fig3",),
-    ),
-    "landscape": Experiment(
-        "the loss over (λ1, λ2) for pairs of tasks",
-        minutes=3,
-        methods=[experiments.LANDSCAPE],
-        show=experiments.show_landscapes,
-        conditions=experiments.pairs_of_tasks,
-        paper=("fig7",),
-    ),
-    "parameters": Experiment(
-        "numbers of parameters, computed from the architectures: no weights, no download",
-        minutes=1,
-        methods=[],
-        show=experiments.show_parameters,
-        conditions=None,
-        paper=("table8", "table1", "table9"),
-    ),
-    "taskfree": Experiment(
-        "accuracy where nobody tells the task of an image: the head is chosen, too",
-        minutes=6,
-        methods=MAIN,
-        show=experiments.show_task_free,
-        conditions=experiments.task_free,
-        usual=["Task Arithmetic", "TSV-M", "AdaMerging (layer-wise)", "WEMoE", "SMILE", "MASS", "Individual"],
-    ),
-    "tasks": Experiment(
-        "accuracy against the number of tasks, and what limits it",
-        minutes=12,
-        methods=MANY_TASKS,
-        show=experiments.show_numbers_of_tasks,
-        conditions=experiments.numbers_of_tasks,
-        more_tasks=True,
-        steps=80,
-    ),
-    "collapse": Experiment(
-        "where minimising the entropy goes wrong, and its cure, over five seeds",
-        minutes=20,
-        methods=["Task Arithmetic", "WEMoE", "WEMoE + diversity"],
-        show=experiments.show_collapse,
-        conditions=partial(experiments.corrupted_conditions, kinds=("impulse_noise",)),
-        tasks=published.ROBUSTNESS_TASKS,
-        splits=("impulse_noise",),
-        seeds=5,
-    ),
 }
 
 
@@ -520,7 +353,7 @@ def run(arguments: argparse.Namespace) -> bool:
     return all(entry["holds"] for entry in shown.claims)
 
 
-def measure(arguments: argparse.Namespace, experiment: Experiment) -> Measured:
+def measure(arguments: argparse.Namespace, experiment: experiments.Experiment) -> Measured:
     """Run every method under each of its conditions, or read what is kept, for every seed."""
     if arguments.on_cores:
         torch.set_num_threads(1)  # always, so that the number of workers does not change results
@@ -644,9 +477,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of fine-tuning and adaptation (default: %(default)s)")
     add("--seeds", type=int, help="how many, from --seed on: mean ± deviation (default: 1; 5 in collapse)")
     add("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
-    add(
-        "--settings", choices=SETTINGS, default="paper", help="of adaptation (default: the paper's; or the hub's rows')"
-    )
+    add("--settings", choices=SETTINGS, default="paper", help="of adaptation: the paper's (default) or the hub rows'")
     add("--precision", choices=PRECISIONS, help="of evaluation (default: bfloat16 for CLIP on a GPU, else float32)")
     add("--adapt-precision", choices=PRECISIONS, help="of adaptation (default: float32)")
     add("--workers", type=int, help="processes with one thread each (default: 2 in the miniature on a CPU, else 1)")
@@ -714,10 +545,11 @@ def choose_tasks_and_methods(parsed: argparse.Namespace) -> None:
         parsed.tasks = [COUNTERPARTS[task] if miniature else task for task in experiment.tasks]
     more = experiment.more_tasks and parsed.suite == "miniature"
     parsed.tasks = choose("task", parsed.tasks, list(ALL_TASKS if more else SUITES[parsed.suite][1]))
-    parsed.whole = bool(experiment.tasks) or parsed.tasks == published.PUBLISHED_TASKS  # as what is published
+    parsed.whole = bool(experiment.tasks) or parsed.tasks == PUBLISHED_TASKS  # as what is published
     senseless = SENSELESS if parsed.suite in GLUE_SUITES else ()
     senseless += ("MASS",) if parsed.suite in TEXTS else ()  # which routes by images
-    methods = [name for name in experiment.methods if name not in senseless]
+    methods = MAIN if experiment.methods is None else experiment.methods
+    methods = [name for name in methods if name not in senseless]
     kind = "method" if parsed.experiment == "main" else f"method of the experiment {parsed.experiment}"
     if parsed.methods and [name.lower() for name in parsed.methods] != ["all"]:
         parsed.methods = choose(kind, parsed.methods, methods)
@@ -754,8 +586,7 @@ OUT_OF_MEMORY = """out of memory; what is finished is kept. Adaptation takes mos
 halves its activations, --methods leaves methods out, --device cpu has more room"""
 
 
-@interruptible()
-@torchrun()
+@taking_part()
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     for stream in (sys.stdout, sys.stderr):

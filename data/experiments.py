@@ -1,8 +1,9 @@
 """What the experiments measure and show: methods under conditions; figures and claims made of what came out.
 
 An experiment is two functions: one makes its conditions of a suite and the methods chosen, the other makes figures and
-claims of the entries that came out, one for each method under each condition and seed. `reproduce.EXPERIMENTS` names
-them all. What is known of a method comes with its entry: its group, what it needs, how it was adapted.
+claims of the entries that came out, one for each method under each condition and seed. The latter is put into
+EXPERIMENTS by `@experiment`, which says what else there is to know of it; most share the conditions of `one_table`.
+What is known of a method comes with its entry: its group, what it needs, how it was adapted.
 """
 
 import copy
@@ -32,6 +33,9 @@ TRAINING_IMAGES, VALIDATION = "labelled task data", "labelled validation data"
 ADAPTATION = "test-time adaptation"
 STATIC = "static"  # the group of the methods that merge once and look at no data
 DEPTHS = {0: "WEMoE (0-layer)", 1: "WEMoE (1-layer)", 2: "WEMoE"}
+STORY = ["Pre-trained", "Weight Averaging", "Task Arithmetic", "AdaMerging (layer-wise)", "WEMoE", "Individual"]
+SHIFTED = ["Task Arithmetic", "TIES-Merging", "Fisher Merging", "RegMean", "AdaMerging (layer-wise)"]
+SHIFTED += ["AdaMerging++ (layer-wise)", "WEMoE (0-layer)", "WEMoE"]
 RANKS = {rank: f"WEMoE (rank {rank})" for rank in (1, 2, 4, 8, 16, 32)}
 
 
@@ -81,6 +85,45 @@ class Shown:
     figures: dict[str, Figure] = field(default_factory=dict)  # by the names of their files
     claims: list[dict] = field(default_factory=list)
     text: str = ""  # Markdown, in the place of tables of accuracy by condition
+
+
+def one_table(
+    suite: Suite, methods: list[str], rows: Callable[[str, str | None], list[dict]] | None = None
+) -> list[Condition]:
+    """All tasks as they are; `rows` are the published ones of an architecture from a source, unless the suite's own."""
+    known = rows(suite.name, suite.source) if rows else list(suite.published.values())
+    return [Condition("main", methods, {}, {"Average": suite.tasks}, known)]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    about: str
+    minutes: int  # some, that it takes in the miniature on 2 cores: an estimate, by its methods' seconds
+    show: Callable[[Measured], Shown]
+    methods: list[str] | None = None  # that it may run; None: all of the main table
+    conditions: Callable[[Suite, list[str]], list[Condition]] | None = one_table  # None: it needs no suite
+    paper: tuple[str, ...] = ()  # its numbers in the paper
+    usual: list[str] | None = None  # that it runs unless told otherwise; None: all of them
+    tasks: list[str] | None = None  # if it has its own, of the paper's suites; in the miniature, their counterparts
+    more_tasks: bool = False  # whether it takes all that the miniature can draw, and not the first eight only
+    splits: tuple[str, ...] = ()  # of the data sets, besides the test split
+    seeds: int = 1
+    steps: int | None = None  # of adaptation, in the miniature; None: as many as usual
+    scalings: tuple[float, ...] = ()  # λ that methods which merge once try, besides their own
+    details: bool = False  # whether its tables tell time and size, too
+
+
+EXPERIMENTS: dict[str, Experiment] = {}
+
+
+def experiment(name: str, *about, **more) -> Callable:
+    """Put an experiment into EXPERIMENTS, under this name, with the decorated function for what it shows."""
+
+    def put(show: Callable[[Measured], Shown]) -> Callable[[Measured], Shown]:
+        EXPERIMENTS[name] = Experiment(*about, show=show, **more)
+        return show
+
+    return put
 
 
 def claim(text: str, holds: bool, detail: str) -> dict:
@@ -135,14 +178,14 @@ def published_claims(measured: Measured) -> list[dict]:
 # ---- Eight tasks: Tables 2, 3 and 7; 10; 6 ---------------------------------------------------------------------------
 
 
-def one_table(
-    suite: Suite, methods: list[str], rows: Callable[[str, str | None], list[dict]] | None = None
-) -> list[Condition]:
-    """All tasks as they are; `rows` are the published ones of an architecture from a source, unless the suite's own."""
-    known = rows(suite.name, suite.source) if rows else list(suite.published.values())
-    return [Condition("main", methods, {}, {"Average": suite.tasks}, known)]
-
-
+@experiment(
+    "main",
+    "methods on every task, and what each needs besides the experts",
+    minutes=4,
+    paper=("table2", "table3", "table7"),
+    usual=STORY,
+    details=True,
+)
 def show_main(measured: Measured) -> Shown:
     suite, entries = measured.suite, measured.first()
     average = {name: round(measured.average("main", name), 2) for name in entries}
@@ -207,21 +250,6 @@ def paper_claims(entries: dict[str, list[dict]]) -> list[dict]:
     return claims
 
 
-MLP_ONLY, SEPARATELY, BLOCKS = DEPTHS[1], "WEMoE (1-layer, attention and MLP)", "WEMoE (1-layer, blocks)"
-OF_DEPTHS: tuple[Expected, ...] = (
-    ("Routers of one layer are within a point of two",
-     (DEPTHS[1], DEPTHS[2]), lambda one, two: abs(one - two) <= 1, "{:.1f} and {:.1f}"),
-    ("Both are better than AdaMerging", (DEPTHS[1], DEPTHS[2], "AdaMerging (layer-wise)"),
-     lambda one, two, fixed: min(one, two) > fixed, "{:.1f}, {:.1f} > {:.1f}"),
-)  # fmt: skip
-OF_MODULES: tuple[Expected, ...] = (
-    ("Routing attention, too, is no worse than MLPs only",
-     (SEPARATELY, MLP_ONLY), lambda both, mlp: both >= mlp, "{:.1f} ≥ {:.1f}"),
-    ("Routing entire blocks is worse than MLPs only",
-     (BLOCKS, MLP_ONLY), lambda blocks, mlp: blocks < mlp, "{:.1f} < {:.1f}"),
-)  # fmt: skip
-
-
 def show_methods(measured: Measured, expected: tuple[Expected, ...]) -> Shown:
     """A heat map of one table; in the miniature, what is expected of it."""
     figures = {"accuracy": report.draw_accuracy(measured.suite.tasks, list(measured.first().values()))}
@@ -230,9 +258,46 @@ def show_methods(measured: Measured, expected: tuple[Expected, ...]) -> Shown:
     return Shown(figures, claims_about({name: measured.average("main", name) for name in measured.first()}, expected))
 
 
-show_depths, show_modules = (partial(show_methods, expected=expected) for expected in (OF_DEPTHS, OF_MODULES))
+@experiment(
+    "depths",
+    "routers of no, one and two layers",
+    minutes=4,
+    methods=["AdaMerging (layer-wise)", *DEPTHS.values()],
+    conditions=partial(one_table, rows=published.router_depths),
+    paper=("table10",),
+)
+def show_depths(measured: Measured) -> Shown:
+    return show_methods(measured, (
+        ("Routers of one layer are within a point of two",
+         (DEPTHS[1], DEPTHS[2]), lambda one, two: abs(one - two) <= 1, "{:.1f} and {:.1f}"),
+        ("Both are better than AdaMerging", (DEPTHS[1], DEPTHS[2], "AdaMerging (layer-wise)"),
+         lambda one, two, fixed: min(one, two) > fixed, "{:.1f}, {:.1f} > {:.1f}"),
+    ))  # fmt: skip
+
+
+MLP_ONLY, SEPARATELY, BLOCKS = DEPTHS[1], "WEMoE (1-layer, attention and MLP)", "WEMoE (1-layer, blocks)"
+
+
+@experiment(
+    "modules",
+    "what is routed: MLPs, attention and MLPs, or entire blocks, by one-layer routers",
+    minutes=10,
+    methods=[MLP_ONLY, SEPARATELY, BLOCKS],
+    conditions=partial(one_table, rows=published.routed_modules),
+    paper=("table6",),
+)
+def show_modules(measured: Measured) -> Shown:
+    return show_methods(measured, (
+        ("Routing attention, too, is no worse than MLPs only",
+         (SEPARATELY, MLP_ONLY), lambda both, mlp: both >= mlp, "{:.1f} ≥ {:.1f}"),
+        ("Routing entire blocks is worse than MLPs only",
+         (BLOCKS, MLP_ONLY), lambda blocks, mlp: blocks < mlp, "{:.1f} < {:.1f}"),
+    ))  # fmt: skip
+
 
 # ---- Other test images: Tables 4, 5 and 11, and what goes wrong under noise ------------------------------------------
+
+CORRUPTED = {"tasks": published.ROBUSTNESS_TASKS, "splits": tuple(CORRUPTIONS)}
 
 
 def in_suite(suite: Suite, tasks: list[str]) -> list[str]:
@@ -256,6 +321,15 @@ def generalization_conditions(suite: Suite, methods: list[str]) -> list[Conditio
     return conditions
 
 
+@experiment(
+    "generalization",
+    "six tasks merged, eight tested",
+    minutes=8,
+    methods=["Pre-trained", *SHIFTED],
+    conditions=generalization_conditions,
+    paper=("table4",),
+    tasks=published.PUBLISHED_TASKS,
+)
 def show_generalization(measured: Measured) -> Shown:
     groups, claims = {}, []
     for condition in measured.conditions:
@@ -293,11 +367,30 @@ def draw_corrupted(measured: Measured, name: str, groups: dict[str, tuple[str, l
     return {"tasks": report.draw_tasks(pictures), name: report.draw_conditions(measured.bars(groups))}
 
 
+@experiment(
+    "robustness",
+    "four tasks merged, tested under seven corruptions",
+    minutes=20,
+    methods=[*SHIFTED, "WEMoE + diversity"],
+    conditions=corrupted_conditions,
+    paper=("table5", "table11"),
+    **CORRUPTED,
+)
 def show_robustness(measured: Measured) -> Shown:
     groups = {c.name: (c.name, measured.suite.tasks) for c in measured.conditions}
     return Shown(draw_corrupted(measured, "robustness", groups), published_claims(measured))
 
 
+@experiment(
+    "collapse",
+    "where minimising the entropy goes wrong, and its cure, over five seeds",
+    minutes=20,
+    methods=["Task Arithmetic", "WEMoE", "WEMoE + diversity"],
+    conditions=partial(corrupted_conditions, kinds=("impulse_noise",)),
+    tasks=published.ROBUSTNESS_TASKS,
+    splits=("impulse_noise",),
+    seeds=5,
+)
 def show_collapse(measured: Measured) -> Shown:
     """Means over seeds: the worst task under noise, and what the cure gives there and costs on clean images."""
     tasks = measured.suite.tasks
@@ -342,6 +435,14 @@ def ablation_conditions(suite: Suite, methods: list[str]) -> list[Condition]:
     return conditions
 
 
+@experiment(
+    "ablation",
+    "settings of WEMoE, one at a time, and accuracy during adaptation by learning rate",
+    minutes=15,
+    methods=[*DEPTHS.values(), *RANKS.values()],
+    conditions=ablation_conditions,
+    paper=("fig4",),
+)
 def show_ablation(measured: Measured) -> Shown:
     """Accuracy against each setting; and during adaptation, by learning rate, beside the authors' (Figure 4)."""
     suite, of, rates = measured.suite, partial(measured.average, "as it is"), {}
@@ -385,6 +486,17 @@ def sweep_conditions(suite: Suite, methods: list[str]) -> list[Condition]:
     return conditions
 
 
+@experiment(
+    "sweep",
+    "accuracy against λ, under corruptions",
+    minutes=5,
+    methods=["Task Arithmetic", "TIES-Merging", DEPTHS[0], DEPTHS[2]],
+    conditions=sweep_conditions,
+    paper=("fig5", "fig10"),
+    **CORRUPTED,
+    steps=40,
+    scalings=LAMBDAS,
+)
 def show_sweep(measured: Measured) -> Shown:
     """Accuracy against λ, a panel for each kind of images, and a table for each, with the published points."""
     suite, tasks = measured.suite, measured.conditions[0].columns["Average"]
@@ -425,6 +537,13 @@ def deepest_mlps(model: nn.Module, share: float) -> str:
     return f"^({'|'.join(map(re.escape, names[-max(1, round(share * len(names))) :]))})$"
 
 
+@experiment(
+    "layers",
+    "only the deeper MLPs routed: accuracy, parameters and time",
+    minutes=5,
+    methods=["Task Arithmetic", *SHARES.values(), "WEMoE"],
+    paper=("appendixd",),
+)
 def show_layers(measured: Measured) -> Shown:
     """Accuracy, parameters and time of evaluation against how many layers are routed (Appendix D)."""
     entries = sorted(measured.first().values(), key=lambda entry: len(entry.get("routing", ())))
@@ -445,6 +564,14 @@ def show_layers(measured: Measured) -> Shown:
 UNLOADED = "WEMoE (0-layer, unloaded)"
 
 
+@experiment(
+    "unload",
+    "constant routers merged once and for all: the same accuracies from a dense model",
+    minutes=2,
+    methods=["Task Arithmetic", DEPTHS[0], UNLOADED],
+    paper=("appendixb3",),
+    details=True,
+)
 def show_unload(measured: Measured) -> Shown:
     """Appendix B.3: what constant routers have learned, merged for good: the same accuracies from a dense model."""
     names = DEPTHS[0], UNLOADED, "Task Arithmetic"
@@ -462,6 +589,13 @@ def show_unload(measured: Measured) -> Shown:
 # ---- What routers do (Figures 11 and 12) -----------------------------------------------------------------------------
 
 
+@experiment(
+    "routing",
+    "mean routing weights and first choices, by layer and task",
+    minutes=3,
+    methods=["WEMoE"],
+    paper=("fig11", "fig12"),
+)
 def show_routing(measured: Measured) -> Shown:
     tasks, figures = measured.suite.tasks, {}
     entry = measured.first()["WEMoE"]
@@ -477,6 +611,14 @@ def show_routing(measured: Measured) -> Shown:
 # ---- Task vectors by layer (Figure 3), and the loss between them (Figure 7) ------------------------------------------
 
 
+@experiment(
+    "vectors",
+    "lengths and angles of task vectors by layer, attention against MLP",
+    minutes=1,
+    methods=[],
+    conditions=lambda *_: [],
+    paper=("fig3",),
+)
 def show_vectors(measured: Measured) -> Shown:
     """Of each layer's attention and MLP, means over tasks: |τ_t|, and the cosine of the angle between θ_t and θ_0."""
     suite, lengths, cosines = measured.suite, {}, {}
@@ -534,6 +676,14 @@ def pairs_of_tasks(suite: Suite, methods: list[str]) -> list[Condition]:
     return [Condition(" and ".join(pair), methods, {"experts": pair}, {"Average": list(pair)}) for pair in pairs]
 
 
+@experiment(
+    "landscape",
+    "the loss over (λ1, λ2) for pairs of tasks",
+    minutes=3,
+    methods=[LANDSCAPE],
+    conditions=pairs_of_tasks,
+    paper=("fig7",),
+)
 def show_landscapes(measured: Measured) -> Shown:
     surfaces, rows = {}, []
     for condition in measured.conditions:
@@ -569,6 +719,14 @@ def count(modules: list[nn.Module]) -> int:
     return sum(p.numel() for module in modules for p in module.parameters())
 
 
+@experiment(
+    "parameters",
+    "numbers of parameters, computed from the architectures: no weights, no download",
+    minutes=1,
+    methods=[],
+    conditions=None,
+    paper=("table8", "table1", "table9"),
+)
 def show_parameters(_: object = None) -> Shown:
     """Tables 1, 8 and 9 row by row: ours, computed, beside the paper's, to as many digits as it prints."""
     tables, compared = published.paper_tables(), []
@@ -610,6 +768,13 @@ def task_free(suite: Suite, methods: list[str]) -> list[Condition]:
     return [replace(condition, change={"task_free": True}) for condition in one_table(suite, methods)]
 
 
+@experiment(
+    "taskfree",
+    "accuracy where nobody tells the task of an image: the head is chosen, too",
+    minutes=6,
+    conditions=task_free,
+    usual=["Task Arithmetic", "TSV-M", "AdaMerging (layer-wise)", "WEMoE", "SMILE", "MASS", "Individual"],
+)
 def show_task_free(measured: Measured) -> Shown:
     """Accuracy with the head given, and with a head that is chosen by each of the rules of suite.evaluate_task_free."""
     tasks, rules = measured.suite.tasks, {"entropy": "lowest entropy", "routing": "routing weights", "logit": "logit"}
@@ -630,6 +795,18 @@ def numbers_of_tasks(suite: Suite, methods: list[str]) -> list[Condition]:
     return [Condition(name, methods, {"tasks": part}, {"Average": list(part)}) for name, part in parts.items()]
 
 
+@experiment(
+    "tasks",
+    "accuracy against the number of tasks, and what limits it",
+    minutes=12,
+    methods=[
+        *("Task Arithmetic", "TSV-M", "AdaMerging (layer-wise)", "WEMoE (rank 16)", "WEMoE"),
+        *("WEMoE (TSV-M elsewhere)", "Oracle routing", "Oracle routing (TSV-M elsewhere)", "Individual"),
+    ],
+    conditions=numbers_of_tasks,
+    more_tasks=True,
+    steps=80,
+)
 def show_numbers_of_tasks(measured: Measured) -> Shown:
     """Accuracy against the number of tasks that are merged."""
     lines: dict[str, dict[float, float]] = {}

@@ -17,35 +17,25 @@ from tqdm import tqdm
 
 from data.files import InputError
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-def interrupt(*_) -> None:
-    for each_signal in SIGNALS:
-        signal.signal(each_signal, signal.SIG_IGN)  # once is enough
-    raise KeyboardInterrupt
-
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """While this lasts, the first signal to end is a KeyboardInterrupt, in the only thread that may say so."""
-    on_main = current_thread() is main_thread()
-    before = {each_signal: signal.signal(each_signal, interrupt) for each_signal in SIGNALS if on_main}
-    try:
-        yield
-    finally:
-        for each_signal, handler in before.items():
-            signal.signal(each_signal, handler)
+def taking_part() -> Iterator[None]:
+    """Meanwhile, a signal to end is a KeyboardInterrupt; and the process is in torchrun's group, if that started it."""
 
+    def interrupt(*_) -> None:
+        for each_signal in signals:
+            signal.signal(each_signal, signal.SIG_IGN)  # once is enough
+        raise KeyboardInterrupt
 
-@contextmanager
-def torchrun() -> Iterator[None]:
-    """The group of processes of which this is one, if torchrun has started it."""
+    signals = (signal.SIGINT, signal.SIGTERM) if current_thread() is main_thread() else ()  # others may not say
+    before = {each_signal: signal.signal(each_signal, interrupt) for each_signal in signals}
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group()
     try:
         yield
     finally:
+        for each_signal, handler in before.items():
+            signal.signal(each_signal, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
 
