@@ -254,7 +254,7 @@ class Method:
     """`seconds` is about what it takes in the miniature, on one core of two; `arxiv` the paper that defines it."""
 
     group: str
-    make: Callable[..., Result]  # from the suite and, where it adapts, `adapt`
+    make: Callable[..., Result]  # of the suite; in the group LEARNED, of `adapt`, too
     seconds: int
     arxiv: str = ""
     given: str = ""  # TRAINING_IMAGES, or VALIDATION to choose λ by

@@ -9,7 +9,7 @@ What is known of a method comes with its entry: its group, what it needs, how it
 import copy
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -87,9 +87,7 @@ class Shown:
     text: str = ""  # Markdown, in the place of tables of accuracy by condition
 
 
-def one_table(
-    suite: Suite, methods: list[str], rows: Callable[[str, str | None], list[dict]] | None = None
-) -> list[Condition]:
+def one_table(suite: Suite, methods: list[str], rows: Callable | None = None) -> list[Condition]:
     """All tasks as they are; `rows` are the published ones of an architecture from a source, unless the suite's own."""
     known = rows(suite.name, suite.source) if rows else list(suite.published.values())
     return [Condition("main", methods, {}, {"Average": suite.tasks}, known)]
@@ -353,9 +351,7 @@ def corrupted(suite: Suite, kind: str, methods: list[str], **change) -> Conditio
     return Condition(kind.replace("_", " "), methods, change, {"Average": tasks}, rows, settings)
 
 
-def corrupted_conditions(
-    suite: Suite, methods: list[str], kinds: tuple[str, ...] = tuple(CORRUPTIONS)
-) -> list[Condition]:
+def corrupted_conditions(suite: Suite, methods: list[str], kinds: Iterable[str] = CORRUPTIONS) -> list[Condition]:
     return [corrupted(suite, kind, methods) for kind in ("clean", *kinds)]
 
 
@@ -426,11 +422,11 @@ ABLATION = {
 
 
 def ablation_conditions(suite: Suite, methods: list[str]) -> list[Condition]:
-    conditions = [Condition("as it is", methods, {}, {"Average": suite.tasks})]
+    columns = {"Average": suite.tasks}
+    conditions = [Condition("as it is", methods, {}, columns)]
     for setting, values in ABLATION.items():
         for value in dict.fromkeys(values(suite.adaptation)):
             if value != getattr(suite.adaptation, setting):
-                columns = {"Average": suite.tasks}
                 conditions.append(Condition(f"{setting} = {value:g}", ["WEMoE"], {setting: value}, columns))
     return conditions
 
@@ -455,9 +451,8 @@ def show_ablation(measured: Measured) -> Shown:
     for condition in measured.conditions:
         if "WEMoE" in condition.methods and condition.change.keys() <= {"lr"}:
             curve = measured.entries[condition.name]["WEMoE"][0]["adaptation"]
-            rates[f"lr = {condition.change.get('lr', suite.adaptation.lr):g}"] = dict(
-                zip(curve["steps"], curve["accuracy"])
-            )
+            lr = condition.change.get("lr", suite.adaptation.lr)
+            rates[f"lr = {lr:g}"] = dict(zip(curve["steps"], curve["accuracy"]))
     panels = {name: {x: y for x, y in sorted(points.items()) if y is not None} for name, points in panels.items()}
     curves = published.adaptation_curves(suite.name) if suite.source else []
     theirs = {f"lr = {c['learning_rate']:g}": dict(zip(c["steps"], c["average"])) for c in curves}
@@ -546,17 +541,14 @@ def deepest_mlps(model: nn.Module, share: float) -> str:
 )
 def show_layers(measured: Measured) -> Shown:
     """Accuracy, parameters and time of evaluation against how many layers are routed (Appendix D)."""
-    entries = sorted(measured.first().values(), key=lambda entry: len(entry.get("routing", ())))
-    panels, rows = {}, []
-    for what, key, scale in (
-        ("accuracy (%)", "average", 1),
-        ("parameters (millions)", "total_parameters", 1e6),
-        ("seconds of evaluation", "evaluation_seconds", 1),
-    ):
-        panels[what] = {"routed layers": {len(e.get("routing", ())): e[key] / scale for e in entries}}
-    for entry in entries:
-        values = entry["average"], entry["total_parameters"] / 1e6, entry["evaluation_seconds"]
-        rows.append([entry["name"], str(len(entry.get("routing", ()))), *map(number, values)])
+    found = [
+        (e["name"], len(e.get("routing", ())), e["average"], e["total_parameters"] / 1e6, e["evaluation_seconds"])
+        for e in measured.first().values()
+    ]
+    found.sort(key=lambda values: values[1])
+    names = ["accuracy (%)", "parameters (millions)", "seconds of evaluation"]
+    panels = {name: {"routed layers": {values[1]: values[i] for values in found}} for i, name in enumerate(names, 2)}
+    rows = [[name, str(layers), *map(number, values)] for name, layers, *values in found]
     figure = report.draw_lines(panels, ylabel="")
     return Shown({"layers": figure}, [], report.markdown(["Method", "Routed layers", *panels], rows))
 

@@ -168,15 +168,10 @@ def draw_adaptation(curves: dict[str, dict], averages: dict[str, float], images:
             label = f"{name} (all test images)"
             right.axhline(averages[name], color="grey", linestyle=style, label=label)
     if authors:
-        right.plot(
-            authors["steps"], authors["average"], "k^--", label="WEMoE, the authors' (all test images)", markersize=4
-        )
-    left.set(
-        xlabel="adaptation step",
-        ylabel="mean entropy (nats)",
-        ylim=(0, None),
-        title="What is minimised (moving average)",
-    )
+        label = "WEMoE, the authors' (all test images)"
+        right.plot(authors["steps"], authors["average"], "k^--", label=label, markersize=4)
+    title = "What is minimised (moving average)"
+    left.set(xlabel="adaptation step", ylabel="mean entropy (nats)", ylim=(0, None), title=title)
     title = f"What is gained ({images} test images of each task)"
     right.set(xlabel="adaptation step", ylabel="accuracy (%)", title=title)
     right.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
