@@ -32,11 +32,12 @@ from data.suite import CURVE_IMAGES, Suite
 TRAINING_IMAGES, VALIDATION = "labelled task data", "labelled validation data"
 ADAPTATION = "test-time adaptation"
 STATIC = "static"  # the group of the methods that merge once and look at no data
+# Methods by their names in reproduce.METHODS: by the routers' depth, by rank; the story in short; under other images.
 DEPTHS = {0: "WEMoE (0-layer)", 1: "WEMoE (1-layer)", 2: "WEMoE"}
+RANKS = {rank: f"WEMoE (rank {rank})" for rank in (1, 2, 4, 8, 16, 32)}
 STORY = ["Pre-trained", "Weight Averaging", "Task Arithmetic", "AdaMerging (layer-wise)", "WEMoE", "Individual"]
 SHIFTED = ["Task Arithmetic", "TIES-Merging", "Fisher Merging", "RegMean", "AdaMerging (layer-wise)"]
-SHIFTED += ["AdaMerging++ (layer-wise)", "WEMoE (0-layer)", "WEMoE"]
-RANKS = {rank: f"WEMoE (rank {rank})" for rank in (1, 2, 4, 8, 16, 32)}
+SHIFTED += ["AdaMerging++ (layer-wise)", DEPTHS[0], DEPTHS[2]]
 
 
 @dataclass(frozen=True)
