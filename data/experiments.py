@@ -1,14 +1,15 @@
 """What the experiments measure and show: methods under conditions; figures and claims made of what came out.
 
 An experiment is two functions: one makes its conditions of a suite and the methods chosen, the other makes figures and
-claims of the entries that came out, one for each method under each condition and seed. `reproduce.EXPERIMENTS` names
-them all. What is known of a method comes with its entry: its group, what it needs, how it was adapted.
+claims of the entries that came out, one for each method under each condition and seed. The latter is put into
+EXPERIMENTS by `@experiment`, which says what else there is to know of it; most share the conditions of `one_table`.
+What is known of a method comes with its entry: its group, what it needs, how it was adapted.
 """
 
 import copy
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -31,8 +32,12 @@ from data.suite import CURVE_IMAGES, Suite
 TRAINING_IMAGES, VALIDATION = "labelled task data", "labelled validation data"
 ADAPTATION = "test-time adaptation"
 STATIC = "static"  # the group of the methods that merge once and look at no data
+# Methods by their names in reproduce.METHODS: by the routers' depth, by rank; the story in short; under other images.
 DEPTHS = {0: "WEMoE (0-layer)", 1: "WEMoE (1-layer)", 2: "WEMoE"}
 RANKS = {rank: f"WEMoE (rank {rank})" for rank in (1, 2, 4, 8, 16, 32)}
+STORY = ["Pre-trained", "Weight Averaging", "Task Arithmetic", "AdaMerging (layer-wise)", "WEMoE", "Individual"]
+SHIFTED = ["Task Arithmetic", "TIES-Merging", "Fisher Merging", "RegMean", "AdaMerging (layer-wise)"]
+SHIFTED += ["AdaMerging++ (layer-wise)", DEPTHS[0], DEPTHS[2]]
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,15 @@ class Condition:
     settings: dict[str, dict] = field(default_factory=dict)
 
 
+@dataclass
 class Measured:
-    """What was measured: condition -> method -> an entry of results.json for every seed."""
+    suite: Suite  # of the last seed
+    conditions: list[Condition]
+    entries: dict[str, dict[str, list[dict]]]  # condition -> method -> an entry of results.json for every seed
 
-    def __init__(self, suite: Suite, conditions: list[Condition], entries: dict[str, dict[str, list[dict]]]):
-        self.suite, self.conditions, self.entries = suite, conditions, entries
+    def first(self) -> dict[str, dict]:
+        """Method -> the entry of the first seed, where all tasks are as they are."""
+        return {name: seeds[0] for name, seeds in self.entries["main"].items()}
 
     def has(self, *methods: str) -> bool:
         return all(set(methods) <= entries.keys() for entries in self.entries.values())
@@ -79,8 +88,57 @@ class Shown:
     text: str = ""  # Markdown, in the place of tables of accuracy by condition
 
 
+def one_table(suite: Suite, methods: list[str], rows: Callable | None = None) -> list[Condition]:
+    """All tasks as they are; `rows` are the published ones of an architecture from a source, unless the suite's own."""
+    known = rows(suite.name, suite.source) if rows else list(suite.published.values())
+    return [Condition("main", methods, {}, {"Average": suite.tasks}, known)]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    about: str
+    minutes: int  # some, that it takes in the miniature on 2 cores: an estimate, by its methods' seconds
+    show: Callable[[Measured], Shown]
+    methods: list[str] | None = None  # that it may run; None: all of the main table
+    conditions: Callable[[Suite, list[str]], list[Condition]] | None = one_table  # None: it needs no suite
+    paper: tuple[str, ...] = ()  # its numbers in the paper
+    usual: list[str] | None = None  # that it runs unless told otherwise; None: all of them
+    tasks: list[str] | None = None  # if it has its own, of the paper's suites; in the miniature, their counterparts
+    more_tasks: bool = False  # whether it takes all that the miniature can draw, and not the first eight only
+    splits: tuple[str, ...] = ()  # of the data sets, besides the test split
+    seeds: int = 1
+    steps: int | None = None  # of adaptation, in the miniature; None: as many as usual
+    scalings: tuple[float, ...] = ()  # λ that methods which merge once try, besides their own
+    details: bool = False  # whether its tables tell time and size, too
+
+
+EXPERIMENTS: dict[str, Experiment] = {}
+
+
+def experiment(name: str, *about, **more) -> Callable:
+    """Put an experiment into EXPERIMENTS, under this name, with the decorated function for what it shows."""
+
+    def put(show: Callable[[Measured], Shown]) -> Callable[[Measured], Shown]:
+        EXPERIMENTS[name] = Experiment(*about, show=show, **more)
+        return show
+
+    return put
+
+
 def claim(text: str, holds: bool, detail: str) -> dict:
     return {"claim": text, "holds": bool(holds), "detail": detail}
+
+
+Expected = tuple[str, tuple[str, ...], Callable[..., bool], str]  # text, methods, whether it holds, detail
+
+
+def claims_about(averages: dict[str, float], expected: tuple[Expected, ...]) -> list[dict]:
+    """What is expected of the average accuracies of methods; claims about methods that were not run are left out."""
+    return [
+        claim(text, holds(*values), detail.format(*values))
+        for text, names, holds, detail in expected
+        if all(name in averages for name in names) and (values := [averages[name] for name in names])
+    ]
 
 
 def comparable(suite: Suite, rows: list[dict], entries: dict[str, list[dict]]) -> list[dict]:
@@ -119,16 +177,16 @@ def published_claims(measured: Measured) -> list[dict]:
 # ---- Eight tasks: Tables 2, 3 and 7; 10; 6 ---------------------------------------------------------------------------
 
 
-def one_table(
-    suite: Suite, methods: list[str], rows: Callable[[str, str | None], list[dict]] | None = None
-) -> list[Condition]:
-    """All tasks as they are; `rows` are the published ones of an architecture from a source, unless the suite's own."""
-    known = rows(suite.name, suite.source) if rows else list(suite.published.values())
-    return [Condition("main", methods, {}, {"Average": suite.tasks}, known)]
-
-
+@experiment(
+    "main",
+    "methods on every task, and what each needs besides the experts",
+    minutes=4,
+    paper=("table2", "table3", "table7"),
+    usual=STORY,
+    details=True,
+)
 def show_main(measured: Measured) -> Shown:
-    suite, entries = measured.suite, {name: seeds[0] for name, seeds in measured.entries["main"].items()}
+    suite, entries = measured.suite, measured.first()
     average = {name: round(measured.average("main", name), 2) for name in entries}
     count = sum(len(labels) for _, labels in suite.test.values())
     figures = {"accuracy": report.draw_accuracy(suite.tasks, list(entries.values()))}
@@ -150,36 +208,33 @@ def by_scaling(entry: dict, tasks: list[str]) -> dict[float, float]:
     return {p["scaling"]: statistics.mean(p["accuracy"][task] for task in tasks) for p in entry["curve"]}
 
 
+IN_THE_PAPER: tuple[Expected, ...] = (
+    ("Every expert's task is within its reach: the individual models average at least 90 %",
+     ("Individual",), lambda i: i >= 90, "{:.1f}"),
+    ("The static merges of its time lose at least 8 points against the individual models, even at the best λ",
+     ("Best static", "Individual"), lambda s, i: s <= i - 8, "{:.1f} ≤ {:.1f} - 8"),
+    ("The order is the paper's: pre-trained < averaging and task arithmetic < WEMoE ≤ individual",
+     ("Pre-trained", "Weight Averaging", "Task Arithmetic", "WEMoE", "Individual"),
+     lambda p, a, t, w, i: p < min(a, t) and max(a, t) < w <= i, "{:.1f} < {:.1f}, {:.1f} < {:.1f} ≤ {:.1f}"),
+    ("WEMoE is at least 5 points better than every static merge of its time",
+     ("WEMoE", "Best static"), lambda w, s: w >= s + 5, "{:.1f} ≥ {:.1f} + 5"),
+    ("WEMoE is better than AdaMerging",
+     ("WEMoE", "AdaMerging (layer-wise)"), lambda w, a: w > a, "{:.1f} > {:.1f}"),
+    ("WEMoE recovers at least 95 % of the individual models' accuracy",
+     ("WEMoE", "Individual"), lambda w, i: w >= 0.95 * i, "{:.1f} ≥ 0.95 · {:.1f}"),
+    ("Routers that look at the input are not worse than constant ones",
+     tuple(DEPTHS.values()), lambda zero, one, two: zero <= min(one, two), "0, 1, 2 layers: {:.1f}, {:.1f}, {:.1f}"),
+)  # fmt: skip
+
+
 def paper_claims(entries: dict[str, list[dict]]) -> list[dict]:
-    """What the paper claims, on our own means over seeds; claims about methods that were not run are left out."""
+    """What the paper claims, on our own means over seeds."""
     average = {name: round(statistics.mean(e["average"] for e in seeds), 2) for name, seeds in entries.items()}
     if "Task Arithmetic" in entries:  # or averaging or TIES, at the best λ, which no label-free method could know
         merges = [seeds for seeds in entries.values() if seeds[0]["group"] == STATIC]
         points = [point for seeds in merges for point in zip(*(entry.get("curve", [entry]) for entry in seeds))]
         average["Best static"] = round(max(statistics.mean(p["average"] for p in point) for point in points), 2)
-    order = ("Pre-trained", "Weight Averaging", "Task Arithmetic", "WEMoE", "Individual")
-    claims = [
-        claim(text, holds(*values), detail.format(*values))
-        for text, needs, holds, detail in (
-            ("Every expert's task is within its reach: the individual models average at least 90 %",
-             ("Individual",), lambda i: i >= 90, "{0:.1f}"),
-            ("The static merges of its time lose at least 8 points against the individual models, even at the best λ",
-             ("Best static", "Individual"), lambda s, i: s <= i - 8, "{0:.1f} ≤ {1:.1f} - 8"),
-            ("The order is the paper's: pre-trained < averaging and task arithmetic < WEMoE ≤ individual",
-             order, lambda p, a, t, w, i: p < min(a, t) and max(a, t) < w <= i,
-             "{0:.1f} < {1:.1f}, {2:.1f} < {3:.1f} ≤ {4:.1f}"),
-            ("WEMoE is at least 5 points better than every static merge of its time",
-             ("WEMoE", "Best static"), lambda w, s: w >= s + 5, "{0:.1f} ≥ {1:.1f} + 5"),
-            ("WEMoE is better than AdaMerging",
-             ("WEMoE", "AdaMerging (layer-wise)"), lambda w, a: w > a, "{0:.1f} > {1:.1f}"),
-            ("WEMoE recovers at least 95 % of the individual models' accuracy",
-             ("WEMoE", "Individual"), lambda w, i: w >= 0.95 * i, "{0:.1f} ≥ 0.95 · {1:.1f}"),
-            ("Routers that look at the input are not worse than constant ones",
-             tuple(DEPTHS.values()), lambda zero, one, two: zero <= min(one, two),
-             "0, 1, 2 layers: {0:.1f}, {1:.1f}, {2:.1f}"),
-        )
-        if all(name in average for name in needs) and (values := [average[name] for name in needs])
-    ]  # fmt: skip
+    claims = claims_about(average, IN_THE_PAPER)
     if "WEMoE" in entries:
         curves = [entry["adaptation"] for entry in entries["WEMoE"]]
         entropy, accuracy = (
@@ -194,38 +249,54 @@ def paper_claims(entries: dict[str, list[dict]]) -> list[dict]:
     return claims
 
 
-def show_methods(measured: Measured, expected: Callable[[Callable[[str], float]], list[dict]], *needed: str) -> Shown:
-    """A heat map of one table; in the miniature, what is expected of the average accuracies of the methods needed."""
-    entries = [seeds[0] for seeds in measured.entries["main"].values()]
-    figures = {"accuracy": report.draw_accuracy(measured.suite.tasks, entries)}
+def show_methods(measured: Measured, expected: tuple[Expected, ...]) -> Shown:
+    """A heat map of one table; in the miniature, what is expected of it."""
+    figures = {"accuracy": report.draw_accuracy(measured.suite.tasks, list(measured.first().values()))}
     if of_the_paper(measured.suite):
         return Shown(figures, published_claims(measured))
-    return Shown(figures, expected(partial(measured.average, "main")) if measured.has(*needed) else [])
+    return Shown(figures, claims_about({name: measured.average("main", name) for name in measured.first()}, expected))
 
 
-def expect_depths(average: Callable[[str], float]) -> list[dict]:
-    one, two, fixed = average(DEPTHS[1]), average(DEPTHS[2]), average("AdaMerging (layer-wise)")
-    return [
-        claim("Routers of one layer are within a point of two", abs(one - two) <= 1, f"{one:.1f} and {two:.1f}"),
-        claim("Both are better than AdaMerging", min(one, two) > fixed, f"{one:.1f}, {two:.1f} > {fixed:.1f}"),
-    ]
+@experiment(
+    "depths",
+    "routers of no, one and two layers",
+    minutes=4,
+    methods=["AdaMerging (layer-wise)", *DEPTHS.values()],
+    conditions=partial(one_table, rows=published.router_depths),
+    paper=("table10",),
+)
+def show_depths(measured: Measured) -> Shown:
+    return show_methods(measured, (
+        ("Routers of one layer are within a point of two",
+         (DEPTHS[1], DEPTHS[2]), lambda one, two: abs(one - two) <= 1, "{:.1f} and {:.1f}"),
+        ("Both are better than AdaMerging", (DEPTHS[1], DEPTHS[2], "AdaMerging (layer-wise)"),
+         lambda one, two, fixed: min(one, two) > fixed, "{:.1f}, {:.1f} > {:.1f}"),
+    ))  # fmt: skip
 
 
 MLP_ONLY, SEPARATELY, BLOCKS = DEPTHS[1], "WEMoE (1-layer, attention and MLP)", "WEMoE (1-layer, blocks)"
 
 
-def expect_modules(average: Callable[[str], float]) -> list[dict]:
-    mlp, both, blocks = average(MLP_ONLY), average(SEPARATELY), average(BLOCKS)
-    return [
-        claim("Routing attention, too, is no worse than MLPs only", both >= mlp, f"{both:.1f} ≥ {mlp:.1f}"),
-        claim("Routing entire blocks is worse than MLPs only", blocks < mlp, f"{blocks:.1f} < {mlp:.1f}"),
-    ]
+@experiment(
+    "modules",
+    "what is routed: MLPs, attention and MLPs, or entire blocks, by one-layer routers",
+    minutes=10,
+    methods=[MLP_ONLY, SEPARATELY, BLOCKS],
+    conditions=partial(one_table, rows=published.routed_modules),
+    paper=("table6",),
+)
+def show_modules(measured: Measured) -> Shown:
+    return show_methods(measured, (
+        ("Routing attention, too, is no worse than MLPs only",
+         (SEPARATELY, MLP_ONLY), lambda both, mlp: both >= mlp, "{:.1f} ≥ {:.1f}"),
+        ("Routing entire blocks is worse than MLPs only",
+         (BLOCKS, MLP_ONLY), lambda blocks, mlp: blocks < mlp, "{:.1f} < {:.1f}"),
+    ))  # fmt: skip
 
-
-show_depths = partial(show_methods, expected=expect_depths)
-show_modules = partial(show_methods, expected=expect_modules)
 
 # ---- Other test images: Tables 4, 5 and 11, and what goes wrong under noise ------------------------------------------
+
+CORRUPTED = {"tasks": published.ROBUSTNESS_TASKS, "splits": tuple(CORRUPTIONS)}
 
 
 def in_suite(suite: Suite, tasks: list[str]) -> list[str]:
@@ -249,6 +320,15 @@ def generalization_conditions(suite: Suite, methods: list[str]) -> list[Conditio
     return conditions
 
 
+@experiment(
+    "generalization",
+    "six tasks merged, eight tested",
+    minutes=8,
+    methods=["Pre-trained", *SHIFTED],
+    conditions=generalization_conditions,
+    paper=("table4",),
+    tasks=published.PUBLISHED_TASKS,
+)
 def show_generalization(measured: Measured) -> Shown:
     groups, claims = {}, []
     for condition in measured.conditions:
@@ -272,9 +352,7 @@ def corrupted(suite: Suite, kind: str, methods: list[str], **change) -> Conditio
     return Condition(kind.replace("_", " "), methods, change, {"Average": tasks}, rows, settings)
 
 
-def corrupted_conditions(
-    suite: Suite, methods: list[str], kinds: tuple[str, ...] = tuple(CORRUPTIONS)
-) -> list[Condition]:
+def corrupted_conditions(suite: Suite, methods: list[str], kinds: Iterable[str] = CORRUPTIONS) -> list[Condition]:
     return [corrupted(suite, kind, methods) for kind in ("clean", *kinds)]
 
 
@@ -286,11 +364,30 @@ def draw_corrupted(measured: Measured, name: str, groups: dict[str, tuple[str, l
     return {"tasks": report.draw_tasks(pictures), name: report.draw_conditions(measured.bars(groups))}
 
 
+@experiment(
+    "robustness",
+    "four tasks merged, tested under seven corruptions",
+    minutes=20,
+    methods=[*SHIFTED, "WEMoE + diversity"],
+    conditions=corrupted_conditions,
+    paper=("table5", "table11"),
+    **CORRUPTED,
+)
 def show_robustness(measured: Measured) -> Shown:
     groups = {c.name: (c.name, measured.suite.tasks) for c in measured.conditions}
     return Shown(draw_corrupted(measured, "robustness", groups), published_claims(measured))
 
 
+@experiment(
+    "collapse",
+    "where minimising the entropy goes wrong, and its cure, over five seeds",
+    minutes=20,
+    methods=["Task Arithmetic", "WEMoE", "WEMoE + diversity"],
+    conditions=partial(corrupted_conditions, kinds=("impulse_noise",)),
+    tasks=published.ROBUSTNESS_TASKS,
+    splits=("impulse_noise",),
+    seeds=5,
+)
 def show_collapse(measured: Measured) -> Shown:
     """Means over seeds: the worst task under noise, and what the cure gives there and costs on clean images."""
     tasks = measured.suite.tasks
@@ -326,15 +423,23 @@ ABLATION = {
 
 
 def ablation_conditions(suite: Suite, methods: list[str]) -> list[Condition]:
-    conditions = [Condition("as it is", methods, {}, {"Average": suite.tasks})]
+    columns = {"Average": suite.tasks}
+    conditions = [Condition("as it is", methods, {}, columns)]
     for setting, values in ABLATION.items():
         for value in dict.fromkeys(values(suite.adaptation)):
             if value != getattr(suite.adaptation, setting):
-                columns = {"Average": suite.tasks}
                 conditions.append(Condition(f"{setting} = {value:g}", ["WEMoE"], {setting: value}, columns))
     return conditions
 
 
+@experiment(
+    "ablation",
+    "settings of WEMoE, one at a time, and accuracy during adaptation by learning rate",
+    minutes=15,
+    methods=[*DEPTHS.values(), *RANKS.values()],
+    conditions=ablation_conditions,
+    paper=("fig4",),
+)
 def show_ablation(measured: Measured) -> Shown:
     """Accuracy against each setting; and during adaptation, by learning rate, beside the authors' (Figure 4)."""
     suite, of, rates = measured.suite, partial(measured.average, "as it is"), {}
@@ -347,9 +452,8 @@ def show_ablation(measured: Measured) -> Shown:
     for condition in measured.conditions:
         if "WEMoE" in condition.methods and condition.change.keys() <= {"lr"}:
             curve = measured.entries[condition.name]["WEMoE"][0]["adaptation"]
-            rates[f"lr = {condition.change.get('lr', suite.adaptation.lr):g}"] = dict(
-                zip(curve["steps"], curve["accuracy"])
-            )
+            lr = condition.change.get("lr", suite.adaptation.lr)
+            rates[f"lr = {lr:g}"] = dict(zip(curve["steps"], curve["accuracy"]))
     panels = {name: {x: y for x, y in sorted(points.items()) if y is not None} for name, points in panels.items()}
     curves = published.adaptation_curves(suite.name) if suite.source else []
     theirs = {f"lr = {c['learning_rate']:g}": dict(zip(c["steps"], c["average"])) for c in curves}
@@ -378,6 +482,17 @@ def sweep_conditions(suite: Suite, methods: list[str]) -> list[Condition]:
     return conditions
 
 
+@experiment(
+    "sweep",
+    "accuracy against λ, under corruptions",
+    minutes=5,
+    methods=["Task Arithmetic", "TIES-Merging", DEPTHS[0], DEPTHS[2]],
+    conditions=sweep_conditions,
+    paper=("fig5", "fig10"),
+    **CORRUPTED,
+    steps=40,
+    scalings=LAMBDAS,
+)
 def show_sweep(measured: Measured) -> Shown:
     """Accuracy against λ, a panel for each kind of images, and a table for each, with the published points."""
     suite, tasks = measured.suite, measured.conditions[0].columns["Average"]
@@ -418,20 +533,23 @@ def deepest_mlps(model: nn.Module, share: float) -> str:
     return f"^({'|'.join(map(re.escape, names[-max(1, round(share * len(names))) :]))})$"
 
 
+@experiment(
+    "layers",
+    "only the deeper MLPs routed: accuracy, parameters and time",
+    minutes=5,
+    methods=["Task Arithmetic", *SHARES.values(), "WEMoE"],
+    paper=("appendixd",),
+)
 def show_layers(measured: Measured) -> Shown:
     """Accuracy, parameters and time of evaluation against how many layers are routed (Appendix D)."""
-    entries = [seeds[0] for seeds in measured.entries["main"].values()]
-    entries.sort(key=lambda entry: len(entry.get("routing", ())))
-    panels, rows = {}, []
-    for what, key, scale in (
-        ("accuracy (%)", "average", 1),
-        ("parameters (millions)", "total_parameters", 1e6),
-        ("seconds of evaluation", "evaluation_seconds", 1),
-    ):
-        panels[what] = {"routed layers": {len(e.get("routing", ())): e[key] / scale for e in entries}}
-    for entry in entries:
-        values = entry["average"], entry["total_parameters"] / 1e6, entry["evaluation_seconds"]
-        rows.append([entry["name"], str(len(entry.get("routing", ()))), *map(number, values)])
+    found = [
+        (e["name"], len(e.get("routing", ())), e["average"], e["total_parameters"] / 1e6, e["evaluation_seconds"])
+        for e in measured.first().values()
+    ]
+    found.sort(key=lambda values: values[1])
+    names = ["accuracy (%)", "parameters (millions)", "seconds of evaluation"]
+    panels = {name: {"routed layers": {values[1]: values[i] for values in found}} for i, name in enumerate(names, 2)}
+    rows = [[name, str(layers), *map(number, values)] for name, layers, *values in found]
     figure = report.draw_lines(panels, ylabel="")
     return Shown({"layers": figure}, [], report.markdown(["Method", "Routed layers", *panels], rows))
 
@@ -439,12 +557,20 @@ def show_layers(measured: Measured) -> Shown:
 UNLOADED = "WEMoE (0-layer, unloaded)"
 
 
+@experiment(
+    "unload",
+    "constant routers merged once and for all: the same accuracies from a dense model",
+    minutes=2,
+    methods=["Task Arithmetic", DEPTHS[0], UNLOADED],
+    paper=("appendixb3",),
+    details=True,
+)
 def show_unload(measured: Measured) -> Shown:
     """Appendix B.3: what constant routers have learned, merged for good: the same accuracies from a dense model."""
     names = DEPTHS[0], UNLOADED, "Task Arithmetic"
     if not measured.has(*names):
         return Shown()
-    routed, unloaded, dense = (measured.entries["main"][name][0] for name in names)
+    routed, unloaded, dense = (measured.first()[name] for name in names)
     most = max(abs(routed["accuracy"][task] - unloaded["accuracy"][task]) for task in measured.suite.tasks)
     sizes = [entry["total_parameters"] for entry in (unloaded, dense)]
     return Shown({}, [
@@ -456,11 +582,18 @@ def show_unload(measured: Measured) -> Shown:
 # ---- What routers do (Figures 11 and 12) -----------------------------------------------------------------------------
 
 
+@experiment(
+    "routing",
+    "mean routing weights and first choices, by layer and task",
+    minutes=3,
+    methods=["WEMoE"],
+    paper=("fig11", "fig12"),
+)
 def show_routing(measured: Measured) -> Shown:
     tasks, figures = measured.suite.tasks, {}
-    (entry, *_) = measured.entries["main"]["WEMoE"]
+    entry = measured.first()["WEMoE"]
     figures["routing"] = report.draw_routing(tasks, entry["routing"])
-    figures["first_choice"] = report.draw_routing(tasks, entry["first_choice"], "share of images: first choice", True)
+    figures["first_choice"] = report.draw_routing(tasks, entry["first_choice"], first=True)
     rows = [
         [name, number(100 * statistics.mean(shares[i] for i, shares in enumerate(matrix)))]
         for name, matrix in entry["first_choice"].items()
@@ -471,10 +604,14 @@ def show_routing(measured: Measured) -> Shown:
 # ---- Task vectors by layer (Figure 3), and the loss between them (Figure 7) ------------------------------------------
 
 
-def no_conditions(*_) -> list[Condition]:
-    return []
-
-
+@experiment(
+    "vectors",
+    "lengths and angles of task vectors by layer, attention against MLP",
+    minutes=1,
+    methods=[],
+    conditions=lambda *_: [],
+    paper=("fig3",),
+)
 def show_vectors(measured: Measured) -> Shown:
     """Of each layer's attention and MLP, means over tasks: |τ_t|, and the cosine of the angle between θ_t and θ_0."""
     suite, lengths, cosines = measured.suite, {}, {}
@@ -532,6 +669,14 @@ def pairs_of_tasks(suite: Suite, methods: list[str]) -> list[Condition]:
     return [Condition(" and ".join(pair), methods, {"experts": pair}, {"Average": list(pair)}) for pair in pairs]
 
 
+@experiment(
+    "landscape",
+    "the loss over (λ1, λ2) for pairs of tasks",
+    minutes=3,
+    methods=[LANDSCAPE],
+    conditions=pairs_of_tasks,
+    paper=("fig7",),
+)
 def show_landscapes(measured: Measured) -> Shown:
     surfaces, rows = {}, []
     for condition in measured.conditions:
@@ -567,6 +712,14 @@ def count(modules: list[nn.Module]) -> int:
     return sum(p.numel() for module in modules for p in module.parameters())
 
 
+@experiment(
+    "parameters",
+    "numbers of parameters, computed from the architectures: no weights, no download",
+    minutes=1,
+    methods=[],
+    conditions=None,
+    paper=("table8", "table1", "table9"),
+)
 def show_parameters(_: object = None) -> Shown:
     """Tables 1, 8 and 9 row by row: ours, computed, beside the paper's, to as many digits as it prints."""
     tables, compared = published.paper_tables(), []
@@ -608,6 +761,13 @@ def task_free(suite: Suite, methods: list[str]) -> list[Condition]:
     return [replace(condition, change={"task_free": True}) for condition in one_table(suite, methods)]
 
 
+@experiment(
+    "taskfree",
+    "accuracy where nobody tells the task of an image: the head is chosen, too",
+    minutes=6,
+    conditions=task_free,
+    usual=["Task Arithmetic", "TSV-M", "AdaMerging (layer-wise)", "WEMoE", "SMILE", "MASS", "Individual"],
+)
 def show_task_free(measured: Measured) -> Shown:
     """Accuracy with the head given, and with a head that is chosen by each of the rules of suite.evaluate_task_free."""
     tasks, rules = measured.suite.tasks, {"entropy": "lowest entropy", "routing": "routing weights", "logit": "logit"}
@@ -618,7 +778,7 @@ def show_task_free(measured: Measured) -> Shown:
             if rule in entries[0]["task_free"]:
                 chosen = [{"accuracy": entry["task_free"][rule]} for entry in entries]
                 groups[text][name] = report.averages(chosen, tasks)
-    rows = [[name, *(over_seeds(group.get(name)) for group in groups.values())] for name in groups["head given"]]
+    rows = [[name, *(report.spread(group.get(name)) for group in groups.values())] for name in groups["head given"]]
     return Shown({"task_free": report.draw_conditions(groups)}, [], report.markdown(["Method", *groups], rows))
 
 
@@ -628,6 +788,18 @@ def numbers_of_tasks(suite: Suite, methods: list[str]) -> list[Condition]:
     return [Condition(name, methods, {"tasks": part}, {"Average": list(part)}) for name, part in parts.items()]
 
 
+@experiment(
+    "tasks",
+    "accuracy against the number of tasks, and what limits it",
+    minutes=12,
+    methods=[
+        *("Task Arithmetic", "TSV-M", "AdaMerging (layer-wise)", "WEMoE (rank 16)", "WEMoE"),
+        *("WEMoE (TSV-M elsewhere)", "Oracle routing", "Oracle routing (TSV-M elsewhere)", "Individual"),
+    ],
+    conditions=numbers_of_tasks,
+    more_tasks=True,
+    steps=80,
+)
 def show_numbers_of_tasks(measured: Measured) -> Shown:
     """Accuracy against the number of tasks that are merged."""
     lines: dict[str, dict[float, float]] = {}
@@ -637,13 +809,6 @@ def show_numbers_of_tasks(measured: Measured) -> Shown:
         for name, entries in measured.entries[condition.name].items():
             values = report.averages(entries, tasks)
             lines.setdefault(name, {})[len(tasks)] = statistics.mean(values)
-            cells.setdefault(name, []).append(over_seeds(values))
+            cells.setdefault(name, []).append(report.spread(values))
     text = report.markdown(["Method", *(c.name for c in measured.conditions)], [[n, *row] for n, row in cells.items()])
     return Shown({"tasks": report.draw_lines({"number of tasks": lines})}, [], text)
-
-
-def over_seeds(values: list[float] | None) -> str:
-    """Mean ± standard deviation, of several."""
-    if not values:
-        return ""
-    return number(statistics.mean(values)) + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")

@@ -1,13 +1,14 @@
-"""Several processes: workers on one machine's cores, ranks of torchrun on several GPUs, and what they show and say."""
+"""Processes: workers on one machine's cores, ranks of torchrun on several GPUs, what they say, and how they end."""
 
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from itertools import repeat
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,28 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.files import InputError
+
+
+@contextmanager
+def taking_part() -> Iterator[None]:
+    """Meanwhile, a signal to end is a KeyboardInterrupt; and the process is in torchrun's group, if that started it."""
+
+    def interrupt(*_) -> None:
+        for each_signal in signals:
+            signal.signal(each_signal, signal.SIG_IGN)  # once is enough
+        raise KeyboardInterrupt
+
+    signals = (signal.SIGINT, signal.SIGTERM) if current_thread() is main_thread() else ()  # others may not say
+    before = {each_signal: signal.signal(each_signal, interrupt) for each_signal in signals}
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group()
+    try:
+        yield
+    finally:
+        for each_signal, handler in before.items():
+            signal.signal(each_signal, handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def rank() -> int:

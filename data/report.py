@@ -72,7 +72,10 @@ def tables(conditions: list, entries: dict[str, dict[str, list[dict]]], details:
     return texts[0][1] if len(texts) == 1 else "\n".join(f"## {name}\n\n{text}" for name, text in texts)
 
 
-def spread(values: list[float]) -> str:
+def spread(values: list[float] | None) -> str:
+    """Mean ± standard deviation, of several."""
+    if not values:
+        return ""
     return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
@@ -80,11 +83,10 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, format="png", dpi=150)
 
 
-def panels(rows: int = 1, columns: int = 1, **options):
+def panels(rows: int = 1, columns: int = 1, sharey: bool = False, **options):
     """A figure and its axes, an array of (rows, columns); no window system is asked for one."""
-    share = {"sharey": options.pop("sharey", False)}
     figure = Figure(layout="constrained", **options)
-    return figure, figure.subplots(rows, columns, squeeze=False, **share)
+    return figure, figure.subplots(rows, columns, squeeze=False, sharey=sharey)
 
 
 def draw_tasks(test: dict[str, tuple[Tensor, Tensor]], columns: int = 24) -> Figure:
@@ -166,34 +168,24 @@ def draw_adaptation(curves: dict[str, dict], averages: dict[str, float], images:
             label = f"{name} (all test images)"
             right.axhline(averages[name], color="grey", linestyle=style, label=label)
     if authors:
-        right.plot(
-            authors["steps"], authors["average"], "k^--", label="WEMoE, the authors' (all test images)", markersize=4
-        )
-    left.set(
-        xlabel="adaptation step",
-        ylabel="mean entropy (nats)",
-        ylim=(0, None),
-        title="What is minimised (moving average)",
-    )
+        label = "WEMoE, the authors' (all test images)"
+        right.plot(authors["steps"], authors["average"], "k^--", label=label, markersize=4)
+    title = "What is minimised (moving average)"
+    left.set(xlabel="adaptation step", ylabel="mean entropy (nats)", ylim=(0, None), title=title)
     title = f"What is gained ({images} test images of each task)"
     right.set(xlabel="adaptation step", ylabel="accuracy (%)", title=title)
     right.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
     return figure
 
 
-def draw_routing(
-    tasks: list[str],
-    routing: dict[str, list[list[float]]],
-    label: str = "mean routing weight λ",
-    shares: bool = False,
-) -> Figure:
-    """Heat maps, one for every routed module: to which expert do images of which task go?"""
+def draw_routing(tasks: list[str], routing: dict[str, list[list[float]]], first: bool = False) -> Figure:
+    """Heat maps, one for every routed module: to which expert do images of which task go, with which λ or first?"""
     columns = min(6, len(routing))
     rows = -(-len(routing) // columns)
     size = (3.2 * columns + 1, 4 * rows + 1)
     figure, axes = panels(rows, columns, figsize=size, sharey=True)
     limit = max(abs(value) for rows in routing.values() for row in rows for value in row)
-    scale = {"cmap": "viridis", "vmin": 0, "vmax": 1} if shares else {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
+    scale = {"cmap": "viridis", "vmin": 0, "vmax": 1} if first else {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
     for axis, (name, matrix) in zip(axes.flat, routing.items()):
         image = axis.imshow(matrix, **scale)
         axis.set_title(name.removeprefix("transformer."), fontsize=9)
@@ -202,6 +194,7 @@ def draw_routing(
     for axis in axes[:, 0]:
         axis.set_yticks(range(len(tasks)), tasks)
         axis.set_ylabel("images of task")
+    label = "share of images: first choice" if first else "mean routing weight λ"
     figure.colorbar(image, ax=axes, label=label, shrink=0.8)
     return figure
 

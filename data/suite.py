@@ -355,7 +355,7 @@ def adapt(
             with precision(suite.device, suite.adaptation.precision):
                 wemoe.adapt(
                     DistributedDataParallel(model) if world() > 1 else model,
-                    loaders={task: Unlabelled(suite, task, start=done) for task in adapted},
+                    loaders={task: unlabelled(suite, task, start=done) for task in adapted},
                     heads={task: suite.logits(task) for task in adapted},
                     steps=steps,
                     objective=lambda logits: objective(gathered(logits)),
@@ -372,31 +372,21 @@ def keep_rate(optimizer: torch.optim.Optimizer, *_) -> None:
         group["lr"] = group["initial_lr"]
 
 
-class Unlabelled:
-    """A task's test images without labels, in an order that is new in every epoch; `start`: the first batch to give.
+def unlabelled(suite: Suite, task: str, start: int) -> Iterator[Batch]:
+    """A task's test images without labels and without end, from batch `start` on, in another order in every epoch.
 
     Each process of a distributed run gets its share of every batch; shares are equal, if need be by repeating images.
     """
-
-    def __init__(self, suite: Suite, task: str, start: int = 0):
-        images = suite.test[task][0]
-        self.suite, self.start = suite, start
-        self.images = images[: max(1, round(suite.adaptation.share * len(images)))]
-        self.generator = torch.Generator().manual_seed(derive_seed(suite.seed, "adaptation", task))
-
-    def epoch(self) -> list[Tensor]:
-        batches = torch.randperm(len(self.images), generator=self.generator).split(self.suite.adaptation.batch_size)
-        return batches[:-1] if len(batches) > 1 and len(batches[-1]) < len(batches[0]) else batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        batches = self.epoch()
-        while self.start >= len(batches):
-            self.start -= len(batches)
-            batches = self.epoch()
-        batches, self.start = batches[self.start :], 0
-        for batch in batches:
+    images, size = suite.test[task][0], suite.adaptation.batch_size
+    images = images[: max(1, round(suite.adaptation.share * len(images)))]
+    generator = torch.Generator().manual_seed(derive_seed(suite.seed, "adaptation", task))
+    while True:
+        # An epoch has whole batches only, unless there is none.
+        batches = torch.randperm(len(images), generator=generator).split(size)[: max(1, len(images) // size)]
+        for batch in batches[start:]:
             own = torch.arange(rank(), world() * math.ceil(len(batch) / world()), world()) % len(batch)
-            yield self.suite.inputs(self.images[batch[own]])
+            yield suite.inputs(images[batch[own]])
+        start = max(0, start - len(batches))
 
 
 @torch.no_grad()

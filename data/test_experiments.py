@@ -296,7 +296,7 @@ def test_experiments_from_end_to_end(name, shared, monkeypatch, capsys):
     monkeypatch.setitem(reproduce.METHODS, experiments.LANDSCAPE, landscape)
     monkeypatch.setattr(experiments, "ABLATION", {"lr": experiments.ABLATION["lr"]})
     monkeypatch.setattr(experiments, "LAMBDAS", lambdas)
-    several = not chosen.tasks and not chosen.all_tasks
+    several = not chosen.tasks
     options = ["--steps", "1", *(["--methods", *methods] if methods else [])]
     options += ["--tasks", "signs", "digits"] if several else []
     command = ["--workers", "1", "--output", str(shared), "--experiment", name]
@@ -370,7 +370,7 @@ def test_every_row_of_the_papers_tables_is_printed_beside_ours_in_some_experimen
     for arch, name in itertools.product(hub.ARCHITECTURES, names):
         experiment = reproduce.EXPERIMENTS[name]
         suite = suite_like(arch, experiment.tasks or list(hub.TASKS))
-        for condition in experiment.conditions(suite, experiment.methods):
+        for condition in experiment.conditions(suite, experiment.methods or reproduce.MAIN):
             tasks = sum(condition.columns.values(), [])
             measured = {method: entries(**dict.fromkeys(tasks, 50.0)) for method in condition.methods}
             text = report.table(condition.columns, measured, condition.published, experiment.details)
