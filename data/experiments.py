@@ -194,7 +194,9 @@ def paper_claims(entries: dict[str, list[dict]]) -> list[dict]:
     return claims
 
 
-def show_methods(measured: Measured, expected: Callable[[Callable[[str], float]], list[dict]], *needed: str) -> Shown:
+def show_methods(
+    measured: Measured, expected: Callable[[Callable[[str], float]], list[dict]], needed: tuple[str, ...]
+) -> Shown:
     """A heat map of one table; in the miniature, what is expected of the average accuracies of the methods needed."""
     entries = [seeds[0] for seeds in measured.entries["main"].values()]
     figures = {"accuracy": report.draw_accuracy(measured.suite.tasks, entries)}
@@ -222,8 +224,8 @@ def expect_modules(average: Callable[[str], float]) -> list[dict]:
     ]
 
 
-show_depths = partial(show_methods, expected=expect_depths)
-show_modules = partial(show_methods, expected=expect_modules)
+show_depths = partial(show_methods, expected=expect_depths, needed=("AdaMerging (layer-wise)", DEPTHS[1], DEPTHS[2]))
+show_modules = partial(show_methods, expected=expect_modules, needed=(MLP_ONLY, SEPARATELY, BLOCKS))
 
 # ---- Other test images: Tables 4, 5 and 11, and what goes wrong under noise ------------------------------------------
 
