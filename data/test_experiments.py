@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import partial
@@ -55,11 +54,11 @@ from data.paper.test_paper import (
     TINY,
     Evil,
     OldClasses,
+    make,
     picture,
-    randomise,
     tiny,  # noqa: F401 (a fixture)
-    tiny_hugging_face,
     tower_like,
+    write_mirror,
     write_parquet,
     write_set,
 )
@@ -73,8 +72,7 @@ torch.set_num_threads(1)  # small tensors gain nothing from more, and forks do n
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    return randomise(open_clip.create_model(TINY.model)).eval()
+    return tower_like(0).eval()
 
 
 forked = pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has loaded everything already")
@@ -555,6 +553,13 @@ def test_claims_are_about_means_over_seeds():
         (["ViT-B-32", "--hub", "/nowhere", "--cache", "{tmp}"], "the mirror has no files in /nowhere"),
         (["ViT-B-32", "--precision", "int4"], "invalid choice: 'int4'"),
         (["miniature-text", "--settings", "hub"], "--settings hub is for images"),
+        (["flan-t5-glue", "--experiment", "robustness"], "is about images"),
+        (["miniature-text", "--experiment", "generalization"], "is about images"),
+        (["miniature-text", "--hub", "x"], "--hub is for"),
+        (["flan-t5-glue", "--methods", "Simple Ensemble"], "unknown method 'Simple Ensemble'"),
+        (["roberta-glue", "--tasks", "wnli"], "unknown task 'wnli'"),
+        (["roberta-glue", "--finetune"], "--finetune is for the paper's suites"),
+        (["roberta-glue", "--hub", "/nowhere"], "/nowhere/roberta-base"),
         (["--settings", "mine"], "invalid choice: 'mine'"),
         (["--device", "tpu9"], "--device tpu9: not usable here"),
         (["--device", "meta"], "--device meta: not usable here"),
@@ -585,22 +590,6 @@ def test_help_tells_the_choices(capsys):
 # ------------------------------------------------------------------------------------------
 # reproduce.py on the paper's suite: a mirror in the real layout with a tiny CLIP in the place of ViT-B/32
 # ------------------------------------------------------------------------------------------
-
-
-def write_mirror(folder: Path, model: nn.Module, tasks: Iterable[str], count: int) -> None:
-    """In the hub's layout a pre-trained model, and an expert and so many test images of each task."""
-    save_file(model.state_dict(), made(folder / TINY.repo / "open_clip_model.safetensors"))
-    for seed, task in enumerate(tasks):
-        state = tiny_hugging_face().state_dict()
-        torch.manual_seed(seed)
-        state = {name: p + 0.05 * torch.randn_like(p) for name, p in state.items()}
-        save_file(state, made(folder / hub.expert_repo(TINY, task) / "model.safetensors"))
-        write_set(folder, task, count=count, seed=seed)
-
-
-def made(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -715,8 +704,7 @@ def authors(tmp_path) -> Path:
     folder = tmp_path / "authors" / "ViT-B-32"
     with OldClasses() as old:
         for seed, name in enumerate(["zeroshot.pt", *(f"{task}/finetuned.pt" for task in hub.TASKS)]):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            torch.save(old.encoder(tower_like(seed)), folder / name)
+            torch.save(old.encoder(tower_like(seed)), make(folder / name))
         for task, spec in hub.TASKS.items():
             torch.save(old.head(torch.randn(len(spec.classes), 48)), folder / f"head_{task}.pt")
     return folder.parent
