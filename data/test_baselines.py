@@ -331,6 +331,11 @@ def layers(count: int, seed: int = 0) -> list[nn.Module]:
     ]
 
 
+def floats(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All but counters."""
+    return {name: p for name, p in state.items() if p.is_floating_point()}
+
+
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
@@ -343,24 +348,17 @@ def with_entries(model: nn.Module, entries: dict[str, Tensor]) -> nn.Module:
 
 @properties
 @given(st.booleans(), task_numbers, st.floats(0, 1), seeds)
-def test_adamerging_starts_as_task_arithmetic_and_its_merge_is_what_it_computes(layer_wise, tasks, lam, seed):
+def test_adamerging_starts_as_task_arithmetic(layer_wise, tasks, lam, seed):
     torch.manual_seed(seed)
     models = [nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)) for _ in range(tasks + 1)]
     for model in models:
         model(torch.randn(8, 3))  # running means: task vectors have them too
-        model.eval()
-    vectors, x = vectors_of(models), torch.randn(5, 3)
+    vectors = vectors_of(models)
     model = AdaMerging(models[0], dict(enumerate(vectors)), layer_wise=layer_wise, init_lambda=lam)
     assert model.lam.shape == (8 if layer_wise else 1, tasks)
     expected = task_arithmetic(models[0], vectors, lam)
     assert expected.keys() - model.merged().keys() == {"1.num_batches_tracked"}
     close({**expected, **model.merged()}, expected)
-    model.lam.data.uniform_()
-    for m in (model, copy.deepcopy(model)):
-        close(m(x), with_entries(models[0], m.merged())(x))
-    y = model.train()(x)  # statistics of the batch; the running ones of the model's own are left alone
-    close(y, with_entries(models[0], model.merged()).train()(x))
-    close(model.eval()(x), with_entries(models[0], model.merged())(x))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -436,8 +434,7 @@ def test_in_any_module_a_merging_computes_what_its_merged_weights_do_and_leaves_
         for one, other in itertools.combinations(merged, 2):
             if theta_0[one].data_ptr() == theta_0[other].data_ptr():  # tied
                 same(merged[one], merged[other])
-        if not training:
-            same(model.state_dict(), state)
+        same(floats(model.state_dict()), floats(state))  # running statistics, too: those of a batch are used alone
         [p.fill_(7) for p in model.parameters()]
     same((theta_0, vectors), before)
     same(models[0](x), y)
@@ -495,14 +492,11 @@ def test_a_merging_in_another_type_or_of_another_seed_takes_the_state_of_the_fir
     fresh = ada_merging(layers(3, seed=1))
     fresh.load_state_dict(model.state_dict())
     same(fresh(x), model(x))
-    close(copy.deepcopy(model).double()(x.double()).float(), model(x))
+    y, merged = model(x), model.merged()
+    close(copy.deepcopy(model).double()(x.double()).float(), y)
     with torch.autocast("cpu", torch.bfloat16):
-        same(model.merged(), fresh.merged())
-        assert all(p.dtype == torch.float32 for p in model.merged().values())
-        torch.testing.assert_close(model(x).float(), fresh(x).float(), atol=0.05, rtol=0.05)
-    with torch.autocast("cpu", torch.bfloat16):
-        in_half = model.merged()
-    same(in_half, model.merged())
+        same(model.merged(), merged)
+        torch.testing.assert_close(model(x).float(), y, atol=0.05, rtol=0.05)
 
 
 def test_a_concrete_mask_starts_as_task_arithmetic_and_is_drawn_anew_in_training():
@@ -1050,7 +1044,6 @@ def two_sizes() -> nn.Module:
 ERRORS = {
     "up to 1, got keep=0": lambda: trim(vector(1.0), 0),
     "up to 1, got keep=nan": lambda: ties([vector(1.0)], math.nan),
-    "up to 1, got keep=2": lambda: trim_and_elect([vector(1.0)], 2),
     "'sum' or 'mean', not by 'max'": lambda: ties([vector(1.0)], merge="max"),
     "'b' is in a task vector alone": lambda: ties([vector(1.0), vector(1.0) | {"b": LINEAR.bias}]),
     r"'w' has shape \(2,\) in a task vector, but \(1,\)": lambda: emr([vector(1.0), vector(1.0, 2.0)]),
@@ -1060,7 +1053,6 @@ ERRORS = {
     "rank of at least 1, got rank=-1": lambda: Smile(LINEAR, [LINEAR], rank=-1),
     "nothing to merge: at least one": lambda: AdaMerging(LINEAR, []),
     "up to 1, got keep=1.5": lambda: WEMoE(LINEAR, [LINEAR], Router(2, 1), layer=partial(SparseLinear, keep=1.5)),
-    "up to 1, got keep=0.0": lambda: WEMoE(LINEAR, [LINEAR], Router(2, 1), layer=partial(SparseLinear, keep=0.0)),
     "rank of at least 1, got rank=0": lambda: WEMoE(
         LINEAR, [LINEAR], Router(2, 1), layer=partial(LowRankLinear, rank=0)
     ),

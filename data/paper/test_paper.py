@@ -232,9 +232,12 @@ def test_load_pretrained_by_download(tmp_path, model, monkeypatch):
 
 @pytest.mark.parametrize("small", [True, False])
 def test_a_converted_tower_computes_the_same(small):
-    hf = tiny_hugging_face() if small else hugging_face()  # CLIPVisionConfig's defaults are those of B/32
+    # CLIPVisionConfig's defaults are those of B/32, but for the number of layers here, which are all alike.
+    hf = tiny_hugging_face() if small else hugging_face(num_hidden_layers=2)
+    config = open_clip.get_model_config(TINY.model if small else "ViT-B-32-quickgelu")
+    config["vision_cfg"]["layers"] = 2
     with torch.device("meta"):
-        visual = open_clip.CLIP(**open_clip.get_model_config(TINY.model if small else "ViT-B-32-quickgelu")).visual
+        visual = open_clip.CLIP(**config).visual
     projection = torch.randn(*visual.proj.shape) / 30
     visual.proj = nn.Parameter(projection.clone())
     tower = hub.from_hugging_face(hf.state_dict(), visual, "file")
