@@ -301,9 +301,6 @@ def test_fisher_merging_and_regmean_go_by_the_statistics_of_each_task_for_texts_
     grams = [gram_matrices(finetuned[t], inputs[t]) for t in "ab"]
     assert grams[0].keys() == {"out.weight"}
     same(regmean(finetuned, inputs), average_by(grams, states, least_squares))
-    alone = regmean({"a": finetuned["a"]}, {"a": inputs["a"]})
-    close(alone, finetuned["a"].state_dict())
-    same(fisher_merging({"a": finetuned["a"]}, {"a": inputs["a"]}, {"a": heads["a"]}), finetuned["a"].state_dict())
     for task in "ab":
         same(finetuned[task].state_dict(), before[task].state_dict())
 
@@ -781,16 +778,6 @@ def test_twin_merging_of_texts_with_features_of_ones_own(features):
     close(model(**inputs["a"]), finetuned["b"](**inputs["a"]), atol=1e-4)
     with pytest.raises(TypeError, match="one input, or inputs by name"):
         model(inputs["a"]["input_ids"], attention_mask=inputs["a"]["attention_mask"])
-
-
-def test_twin_merging_finds_the_blocks_of_open_clips_towers():
-    torch.manual_seed(0)
-    towers = [open_clip.transformer.VisionTransformer(8, 4, 8, 2, 2, 2, output_dim=4).eval() for _ in range(3)]
-    inputs = {task: torch.randn(2, 3, 8, 8) for task in "ab"}
-    model = twin_merging(towers[0], dict(zip("ab", towers[1:])), inputs, steps=2)
-    with routing_weights(model) as weights, torch.no_grad():
-        assert model(inputs["a"]).shape == (2, 4)
-    assert weights.keys() == {f"model.transformer.resblocks.{i}" for i in range(2)}
 
 
 def test_an_ensemble_averages_logits_and_a_model_alone_decides_as_before():
