@@ -730,6 +730,7 @@ def test_a_split_of_another_size_is_noticed():
     assert notice("SVHN", 26032) is None and notice("SVHN", 100) == said
 
 
+Image.new("1", (20000, 20000)).save(BOMB := io.BytesIO(), "PNG")
 NUMBERS, TEXTS = {"dtype": datasets.Value("int64")}, {"dtype": datasets.Value("string")}
 HERE = "EuroSAT, split test of tanganke/eurosat"
 BAD_DATA_SETS = [  # options of write_parquet and images that differ, names of the files, what becomes of their bytes
@@ -741,6 +742,7 @@ BAD_DATA_SETS = [  # options of write_parquet and images that differ, names of t
     ({"image": "img"}, "has no column image; it has: img, label"),
     ({4: b"no image"}, f"{HERE}: image 4 cannot be decoded: cannot identify"),
     ({4: picture("RGB", 40, 30)[:800]}, "image 4 cannot be decoded: .*truncated"),
+    ({4: BOMB.getvalue()}, "image 4 cannot be decoded: Image size .* exceeds limit"),
     ({4: None}, "image 4 cannot be decoded"),
     ({"pictures": [], "labels": []}, f"{HERE} has no images"),
     ({"bytes": lambda data: data[:-20]}, "test-00000-of-00001.parquet is not a readable parquet file"),
