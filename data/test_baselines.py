@@ -407,9 +407,7 @@ MODULES = {  # what reads its weights in a way of its own, and the shape of its 
 @pytest.mark.parametrize("merging", [ada_merging, concrete, ada_rank])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", MODULES)
-def test_in_any_module_a_merging_computes_what_its_merged_weights_do_and_leaves_what_it_is_of_alone(
-    name, training, merging
-):
+def test_in_any_module_a_merging_is_its_merged_weights_and_changes_nothing(name, training, merging):
     make, shape = MODULES[name]
     torch.manual_seed(0)
     models, x = [randomised(make()).eval() for _ in range(3)], torch.randn(shape)
