@@ -727,6 +727,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--limit", type=int, metavar="N", help="only the first N images of every test set, for a quick look")
     add("--cache", type=Path, default=Path.home() / ".cache" / "wemoe", help="decoded images (default: %(default)s)")
     parsed = parser.parse_args(arguments)
+    check_numbers(parsed, {"steps": 1, "seed": 0, "seeds": 1, "limit": 1, "workers": 1})
     paper, glue = parsed.suite not in MINIATURES, parsed.suite.endswith("-glue")
     numbers = {number: name for name, experiment in EXPERIMENTS.items() for number in experiment.paper}
     parsed.experiment = numbers.get(parsed.experiment.lower().replace(" ", ""), parsed.experiment)
@@ -755,7 +756,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     trains = any(METHODS[name].needs_training_images for name in parsed.methods)
     parsed.splits = experiment.splits + (("train",) if trains else ())
     parsed.seeds = parsed.seeds or experiment.seeds
-    check_numbers(parsed, {"steps": 1, "seed": 0, "seeds": 1, "limit": 1, "workers": 1})
     refused = () if paper else ("hub", "limit")
     refused += () if paper and not glue else ("experts", "finetune", "arch")
     for option in refused:
