@@ -13,6 +13,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
@@ -105,6 +106,17 @@ def bare(state):
 def make(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def write_mirror(root, model, tasks, count):
+    """In the hub's layout a pre-trained model, and an expert and so many test images of each task."""
+    save_file(model.state_dict(), make(root / PRETRAINED))
+    for seed, task in enumerate(tasks):
+        expert = tiny_hugging_face().state_dict()
+        torch.manual_seed(seed)
+        expert = {name: p + 0.05 * torch.randn_like(p) for name, p in expert.items()}
+        save_file(expert, make(root / hub.expert_repo(TINY, task) / "model.safetensors"))
+        write_set(root, task, count, seed)
 
 
 def same(state, other):
@@ -213,23 +225,19 @@ def test_load_pretrained_by_download(tmp_path, model, monkeypatch):
     loaded = load_pretrained(hub.architecture("tiny-plain", "openai"))
     assert isinstance(loaded.visual.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU)
     assert loaded.visual.preprocess_cfg["mean"] == (0.1, 0.2, 0.3)
-    monkeypatch.setattr(open_clip.factory, "download_pretrained", failing(OSError("no route\nto host")))
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", Mock(side_effect=OSError("no route\nto host")))
     with refused("tiny-plain from openai.*no route to host"):
         load_pretrained(hub.architecture("tiny-plain", "openai"))
 
 
-def failing(error):
-    def fail(*_, **__):
-        raise error
-
-    return fail
-
-
 @pytest.mark.parametrize("small", [True, False])
 def test_a_converted_tower_computes_the_same(small):
-    hf = tiny_hugging_face() if small else hugging_face()  # CLIPVisionConfig's defaults are those of B/32
+    # CLIPVisionConfig's defaults are those of B/32, but for the number of layers here, which are all alike.
+    hf = tiny_hugging_face() if small else hugging_face(num_hidden_layers=2)
+    config = open_clip.get_model_config(TINY.model if small else "ViT-B-32-quickgelu")
+    config["vision_cfg"]["layers"] = 2
     with torch.device("meta"):
-        visual = open_clip.CLIP(**open_clip.get_model_config(TINY.model if small else "ViT-B-32-quickgelu")).visual
+        visual = open_clip.CLIP(**config).visual
     projection = torch.randn(*visual.proj.shape) / 30
     visual.proj = nn.Parameter(projection.clone())
     tower = hub.from_hugging_face(hf.state_dict(), visual, "file")
@@ -280,7 +288,8 @@ MISTAKEN = [
     (bytes(99), "is nothing but zeros"),
 ]
 BAD_WEIGHTS = [  # what becomes of a file: bytes, changes of its entries, or what is pickled in its place
-    *((path, *mistaken) for path in (PRETRAINED, EXPERT) for mistaken in MISTAKEN),
+    *((EXPERT, *mistaken) for mistaken in MISTAKEN),
+    (PRETRAINED, *MISTAKEN[0]),
     (EXPERT, b"<p\0\0\0\0\0\0", "is not a readable weight file"),
     (EXPERT, None, "no files in .*clip-tiny_dtd; `hf download"),
     (EXPERT.replace("model.safetensors", "config.json"), b"{}", "no model.safetensors or pytorch_model.bin; it has: c"),
@@ -692,7 +701,7 @@ def test_a_full_disk_is_said_to_be_one(tmp_path, take, monkeypatch):
     generation.__cause__ = full
     for owner, name, error in ((images, "open", full), (datasets, "load_dataset", generation)):
         with monkeypatch.context() as patch, refused("cannot write .*No space left on device.*: free some space or"):
-            patch.setattr(owner, name, failing(error), raising=False)
+            patch.setattr(owner, name, Mock(side_effect=error), raising=False)
             take("DTD")
         assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
     with refused("cannot make the folder .*choose another .*--cache"):
@@ -721,6 +730,7 @@ def test_a_split_of_another_size_is_noticed():
     assert notice("SVHN", 26032) is None and notice("SVHN", 100) == said
 
 
+Image.new("1", (20000, 20000)).save(BOMB := io.BytesIO(), "PNG")
 NUMBERS, TEXTS = {"dtype": datasets.Value("int64")}, {"dtype": datasets.Value("string")}
 HERE = "EuroSAT, split test of tanganke/eurosat"
 BAD_DATA_SETS = [  # options of write_parquet and images that differ, names of the files, what becomes of their bytes
@@ -732,11 +742,12 @@ BAD_DATA_SETS = [  # options of write_parquet and images that differ, names of t
     ({"image": "img"}, "has no column image; it has: img, label"),
     ({4: b"no image"}, f"{HERE}: image 4 cannot be decoded: cannot identify"),
     ({4: picture("RGB", 40, 30)[:800]}, "image 4 cannot be decoded: .*truncated"),
+    ({4: BOMB.getvalue()}, "image 4 cannot be decoded: Image size .* exceeds limit"),
     ({4: None}, "image 4 cannot be decoded"),
     ({"pictures": [], "labels": []}, f"{HERE} has no images"),
     ({"bytes": lambda data: data[:-20]}, "test-00000-of-00001.parquet is not a readable parquet file"),
     ({"bytes": lambda data: data[:4] + bytes(400) + data[404:]}, f"{HERE} cannot be read"),
-    *(({"bytes": lambda _, content=content: content}, f"{FILE} .*{sentence}") for content, sentence in MISTAKEN),
+    ({"bytes": lambda _: MISTAKEN[0][0]}, f"{FILE} .*{MISTAKEN[0][1]}"),
     (
         {"files": [FILE.replace("test", "contrast"), FILE.replace("test", "train")]},
         "eurosat has no split 'test' in parquet files; it has: contrast, train",
@@ -914,11 +925,8 @@ def test_zero_shot_heads(tmp_path, model, monkeypatch):
 def mirror(tmp_path, model):
     """A whole mirror in the real layout, as `hf download --local-dir` makes it."""
     root = tmp_path / "mirror"
-    save_file(model.state_dict(), make(root / PRETRAINED))
+    write_mirror(root, model, ("EuroSAT", "SVHN"), count=8)
     for task in ("EuroSAT", "SVHN"):
-        path = make(root / hub.expert_repo(TINY, task) / "model.safetensors")
-        save_file(dict(tiny_hugging_face().state_dict()), path)
-        write_set(root, task, 8)
         (root / TASKS[task].repo / "README.md").write_text("---\n---\n")
     return root
 
@@ -1035,7 +1043,7 @@ def test_without_a_network_what_was_downloaded_will_do(tmp_path, model, fake):
 
 
 def test_a_failed_download_is_one_sentence(model, fake, monkeypatch):
-    monkeypatch.setattr(hub, "hf_hub_download", failing(ConnectionError("reset\nby peer")))
+    monkeypatch.setattr(hub, "hf_hub_download", Mock(side_effect=ConnectionError("reset\nby peer")))
     with refused("cannot download model.safetensors of tanganke/clip-tiny_eurosat: reset by peer"):
         load_expert(TINY, "EuroSAT", model.visual)
 

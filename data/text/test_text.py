@@ -198,24 +198,6 @@ def test_a_broken_file_is_named_and_nothing_done_is_lost(started, mirror, capsys
     assert [method["name"] for method in results["methods"]] == ["Pre-trained", "Individual"]
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["roberta-glue", "--finetune"], "--finetune is for the paper's suites"),
-        (["flan-t5-glue", "--experiment", "robustness"], "is about images"),
-        (["miniature-text", "--experiment", "generalization"], "is about images"),
-        (["miniature-text", "--hub", "x"], "--hub is for"),
-        (["flan-t5-glue", "--methods", "Simple Ensemble"], "unknown method 'Simple Ensemble'"),
-        (["roberta-glue", "--tasks", "wnli"], "unknown task 'wnli'"),
-        (["roberta-glue", "--hub", "/nowhere"], "/nowhere/roberta-base"),
-    ],
-)
-def test_bad_arguments_are_refused_in_one_line(arguments, message, capsys, tmp_path):
-    assert reproduce.main([*arguments, "--output", str(tmp_path)]) == 2
-    (error,) = capsys.readouterr().err.strip().splitlines()
-    assert message in error
-
-
 def test_the_miniature_runs_every_method(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(miniature, "TRAINING", Training(images=24, steps=2, lr=5e-4, batch_size=8))
     monkeypatch.setattr(miniature, "SIZES", {"train": 24, "test": 24})
