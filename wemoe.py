@@ -127,9 +127,9 @@ class WEMoE(nn.Module):
 
     `pretrained` is any module whose first input is a tensor (B, ..., D), `finetuned` T modules of the same structure or
     their state dicts, `router` maps that input to λ (B, T), or (1, T) for all samples, and alone is trainable.
-    `layer(part, tau)` is what linear layers
-    become, a MergedLinear unless told otherwise; with MergedLayer the module is not taken apart but merged as a whole,
-    sample by sample: for modules that reshape the batch inside (windows, beams), whose layers' inputs have not B rows.
+    `layer(part, tau)` is what linear layers become, a MergedLinear unless told otherwise; with MergedLayer the module
+    is not taken apart but merged as a whole, sample by sample: for modules that reshape the batch inside (windows,
+    beams), whose layers' inputs have not B rows.
     Attributes: `router`, and `pretrained`, the module with merged layers in it.
     Raises ValueError if the modules differ in structure or in number from the routing weights, or if a module cannot
     run with weights from outside.
@@ -171,16 +171,15 @@ class WEMoE(nn.Module):
             raise ValueError(f"The routing weights are {tuple(lam.shape)} for an input {tuple(h.shape)}.")
         alike = len(lam) == 1 or getattr(self.router, "depth", None) == 0
         lam = self.routing(lam.expand(len(h), -1))
-        # A router may return its own parameter; without gradients, λ is to require none (see _lam_of).
-        lam = lam if torch.is_grad_enabled() else lam.detach()
-        return lam[:1] if alike else lam
+        lam = lam[:1] if alike else lam
+        return lam if torch.is_grad_enabled() else lam.detach()  # it may be a view of the router's own parameter
 
     def forward(self, *args, **kwargs):
         lam = self.route(_first_tensor(args, kwargs))
         return _run_with(lam, self.pretrained, args, kwargs)  # every layer in it merges with this λ
 
     def __getattr__(self, name: str):
-        """What else the routed module has stays in reach, except for its tensors, of which each sample has its own."""
+        """What else the routed module has stays in reach, but for its tensors, of which each sample has its own."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -197,7 +196,7 @@ class MergedLayer(nn.Module):
     weights are not kept for the backward pass but merged again, so that memory never holds B sets of them.
     """
 
-    moved = "forward_hook|backward"  # hooks that see all samples at once; one before it may compute its weights
+    moved = "forward_hook|backward"  # its hooks that run here, on all samples; not pre-hooks: they may compute weights
 
     def __init__(self, layer: nn.Module, tau: Mapping[Tensor, Tensor]):
         nn.Module.__init__(self)  # not super().__init__(): a MergedLinear's next in line is nn.Linear, with new weights
@@ -233,7 +232,7 @@ class MergedLayer(nn.Module):
         return _with_weights(_copied(self.layer, {}), self.weights(lam))(*args, **kwargs)
 
     def for_each(self, lam: Tensor, *args, **kwargs):
-        """Sample b through the weights merged with λ_b, alone; tensors of B rows are split among the samples."""
+        """Sample b, alone, through the weights merged with λ_b; tensors of B rows are split among the samples."""
         x, outputs = _first_tensor(args, kwargs), []
         run = functools.partial(checkpoint, self.for_all, use_reentrant=False) if lam.requires_grad else self.for_all
         for b in range(len(lam)):
