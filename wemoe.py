@@ -6,16 +6,17 @@ a choice of the coefficients λ in
     θ(x) = θ_0 + Σ_t λ_t(x) τ_t.
 
 Weight averaging takes λ = 1/T, task arithmetic λ = 0.3. In a Weight-Ensembling Mixture of Experts (Tang et al., ICML
-2024, arXiv 2402.00433) λ(x) is, for the MLPs of a Transformer, the output of a small *router* that looks at the input;
-everything else is merged with task arithmetic. The routers are trained without labels, by minimising the entropy of
-the predictions:
+2024, arXiv 2402.00433) each MLP of a Transformer has a small *router*, which looks at the MLP's input and gives one λ
+for each sample and task; everything else is merged by task arithmetic. The routers are trained without labels, by
+minimising the entropy of what each task's classifier (its head) predicts:
 
     model = upscale(pretrained, {"cars": cars_model, "signs": signs_model})
     adapt(model, loaders={"cars": ..., "signs": ...}, heads={"cars": ..., "signs": ...})
 
-The file needs torch (2.4 or later) alone: copy it. When *not* to use it: if the task of every input is known, load that
+Copy this file: it needs only torch (2.4 or later). When *not* to use it: if the task of every input is known, load that
 task's own model; if the models were not fine-tuned from one checkpoint, a sum of their weights means nothing.
 Shapes: B samples, T tasks, N tokens, D hidden size, `...` any token or spatial axes. Equations are the paper's.
+Functions that begin with an underscore are in the second half of the file, which can be left unread.
 """
 
 import copy
@@ -44,10 +45,10 @@ Models = Iterable[Model] | Mapping[str, Model]
 def task_vector(pretrained: Model, finetuned: Model) -> dict[str, Tensor]:
     """τ = θ_t - θ_0 by name, in the dtype and on the device of θ_0 (Definition 2.1, Eq. 1).
 
-    τ has an entry for each parameter and buffer in float16 to float64; others are skipped, as counters are.
+    τ has an entry for each parameter and buffer in float16 to float64; integers (counters, say) are skipped.
     Raises ValueError, naming the entry, if the models differ in structure or cannot be subtracted.
     """
-    theta_0, theta_t = _weights(pretrained, finetuned, "the fine-tuned model")  # what fits is in the last section
+    theta_0, theta_t = _matching_weights(pretrained, finetuned, "the fine-tuned model")  # or an error that names it
     return {name: (theta_t[name].to(p.device) - p).to(p.dtype) for name, p in theta_0.items()}
 
 
@@ -58,17 +59,19 @@ def task_arithmetic(pretrained: Model, task_vectors: Models, scaling: float | li
     better and returned in the dtype of θ_0; what task vectors skip is copied. The inputs are not modified.
     Raises ValueError if there is not one λ for each task, or if a task vector's names or shapes are not those of θ_0.
     """
-    vectors, scalings = _members(task_vectors), torch.as_tensor(scaling, dtype=torch.float64).tolist()
+    vectors = _members(task_vectors)
+    scalings = torch.as_tensor(scaling, dtype=torch.float64).tolist()  # a float, or a list of them
     if isinstance(scalings, float):
         scalings = itertools.repeat(scalings)
     else:
         vectors = list(vectors)
         if len(vectors) != len(scalings):
             raise ValueError(f"Got {len(scalings)} scaling factors for {len(vectors)} task vectors.")
-    theta_0 = _state(pretrained)
-    merged = {name: p.detach().to(_wide(p), copy=True) for name, p in theta_0.items() if _is_weight(p)}
+    theta_0 = _live_state(pretrained)
+    merged = {name: p.detach().to(_at_least_float32(p), copy=True) for name, p in theta_0.items() if _is_weight(p)}
     for tau, lam in zip(vectors, scalings):
-        for name, entry in _weights(merged, tau, "a task vector")[1].items():
+        _, entries = _matching_weights(merged, tau, "a task vector")
+        for name, entry in entries.items():
             merged[name].add_(entry.to(merged[name]), alpha=lam)
     return {name: merged[name].to(p.dtype) if name in merged else copy.deepcopy(p) for name, p in theta_0.items()}
 
@@ -77,9 +80,9 @@ def task_arithmetic(pretrained: Model, task_vectors: Models, scaling: float | li
 
 
 class Router(nn.Module):
-    """r(h): (B, ..., D) -> (B, T), the routing weights λ: the mean of what every token asks for (Section 3.2).
+    """r(h): (B, ..., D) -> (B, T), the routing weights λ: the mean over a sample's tokens (Section 3.2) of
 
-    depth 0: b (Eq. 4);  depth 1: W h + b (Eq. 8);  depth 2: W2 relu(W1 h + b1) + b2 with W1 of shape (D, D) (Eq. 3).
+    depth 2: W2 relu(W1 h + b1) + b2 with W1 of shape (D, D) (Eq. 3);  depth 1: W h + b (Eq. 8);  depth 0: b (Eq. 4).
     The output is linear, neither a softmax nor clipped. Weights start as normal(0, 0.01) and the output bias as
     `init_lambda`: routing starts near task arithmetic. `parameters()` yields W1, b1, W2, b2 (or W, b; or b).
     With a `mask` (B, N), the mean is that of the tokens where it is not zero.
@@ -108,107 +111,37 @@ class Router(nn.Module):
         if h.dim() < 2 or h.shape[-1] != self.hidden_size:
             raise ValueError(f"The router takes inputs of shape (B, ..., {self.hidden_size}), got {tuple(h.shape)}.")
         tokens = h[:, None] if h.dim() == 2 else h.flatten(1, -2)  # (B, N, D)
-        hidden = self.layers[:-1](tokens.to(self.layers[-1].weight.dtype))
-        if mask is None:
-            return self.layers[-1](hidden.mean(1))  # the mean over tokens first: the last layer is linear
-        counts = mask.to(hidden.device) != 0
-        total = hidden.masked_fill(~counts[..., None], 0).sum(1)
-        return self.layers[-1](total / counts.sum(1, keepdim=True).clamp_min(1))
+        hidden = self.layers[:-1](tokens.to(self.layers[-1].weight.dtype))  # of depth 1: the tokens
+        mean = hidden.mean(1) if mask is None else _masked_mean(hidden, mask)
+        return self.layers[-1](mean)  # the mean first: the last layer is linear
 
 
-# ---- The routed module -----------------------------------------------------------------------------------------------
-
-
-class WEMoE(nn.Module):
-    """A module whose weights depend on its input (Eq. 2): sample b runs through θ_0 + Σ_t λ_t(h_b) τ_t.
-
-        h (B, ..., D) ──► router ──► λ (B, T) ──► every layer: θ_0 + Σ_t λ_bt τ_t, weights for each sample
-              └────────────────────────────────────► the module, made of these layers ──► its output
-
-    `pretrained` is any module whose first input is a tensor (B, ..., D), `finetuned` T modules of the same structure or
-    their state dicts, `router` maps that input to λ (B, T), or (1, T) for all samples, and alone is trainable.
-    `layer(part, tau)` is what linear layers become, a MergedLinear unless told otherwise; with MergedLayer the module
-    is not taken apart but merged as a whole, sample by sample: for modules that reshape the batch inside (windows,
-    beams), whose layers' inputs have not B rows.
-    Attributes: `router`, and `pretrained`, the module with merged layers in it.
-    Raises ValueError if the modules differ in structure or in number from the routing weights, or if a module cannot
-    run with weights from outside.
-    """
-
-    def __init__(self, pretrained: nn.Module, finetuned: Models, router: nn.Module, *, layer: Callable | None = None):
-        super().__init__()
-        check_mergeable(pretrained)
-        if not all(part.batch_first for part in pretrained.modules() if isinstance(part, nn.MultiheadAttention)):
-            raise ValueError("Attention with batch_first=False cannot be routed: λ would mix samples, use True.")
-        vectors = [task_vector(pretrained, module) for module in _members(finetuned)]
-        self.num_tasks = getattr(router, "num_tasks", len(vectors))
-        if not 0 < len(vectors) == self.num_tasks:
-            raise ValueError(f"WEMoE got {len(vectors)} fine-tuned modules for a router with {self.num_tasks} outputs.")
-        module = copy.deepcopy(pretrained).requires_grad_(False)
-        theta_0 = _state(module)
-        # By the tensor itself, not its name: tied names share one τ (T, *shape).
-        tau = {theta_0[name]: torch.stack([vector[name] for vector in vectors]) for name in vectors[0]}
-
-        def merged(part: nn.Module) -> nn.Module | None:
-            if type(part) is nn.Linear and part.weight in tau:
-                return (layer or MergedLinear)(part, tau)
-            if layer is MergedLayer or _is_layer(part, tau):
-                return MergedLayer(part, tau)
-            return None  # its parts are asked
-
-        self.router, self.pretrained = router, _replace(module, merged)
-        self.training = pretrained.training
-        self.routing = nn.Identity()  # λ passes through it, for routing_weights to see
-        self.mask: Tensor | None = None  # (B, N), see set_token_mask
-
-    def route(self, h: Tensor) -> Tensor:
-        """λ (B, T) for the input (B, ..., D), or (1, T) where all samples have one, for which layers merge once."""
-        if len(h) == 0:
-            return h.new_zeros(1, self.num_tasks, dtype=torch.float32)  # no sample to merge for
-        masked = self.mask is not None and self.mask.shape == h.shape[:-1]  # unlike that of a token generated alone
-        lam = self.router(h, mask=self.mask) if masked else self.router(h)
-        if lam.shape not in ((len(h), self.num_tasks), (1, self.num_tasks)):
-            raise ValueError(f"The routing weights are {tuple(lam.shape)} for an input {tuple(h.shape)}.")
-        alike = len(lam) == 1 or getattr(self.router, "depth", None) == 0
-        lam = self.routing(lam.expand(len(h), -1))
-        lam = lam[:1] if alike else lam
-        return lam if torch.is_grad_enabled() else lam.detach()  # it may be a view of the router's own parameter
-
-    def forward(self, *args, **kwargs):
-        lam = self.route(_first_tensor(args, kwargs))
-        return _run_with(lam, self.pretrained, args, kwargs)  # every layer in it merges with this λ
-
-    def __getattr__(self, name: str):
-        """What else the routed module has stays in reach, but for its tensors, of which each sample has its own."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            value = getattr(super().__getattr__("pretrained"), name)
-        if any(value is p for p in (*self.parameters(), *self.buffers())):
-            raise AttributeError(f"{name!r} differs between samples: route the module that reads it.")
-        return value
+# ---- The merged layer and the routed module --------------------------------------------------------------------------
 
 
 class MergedLayer(nn.Module):
-    """Any layer, with weights of its own for each sample: the equation word for word, one sample after another.
+    """Any layer, with weights of its own for each sample: θ_0 + Σ_t λ_bt τ_t word for word, one sample after another.
 
-    `tau` gives τ (T, *shape) for the tensors of the layer; λ (B, T) is that of the WEMoE module that it is in. Merged
-    weights are not kept for the backward pass but merged again, so that memory never holds B sets of them.
+    `tau` gives τ (T, *shape) for the tensors of the layer. λ (B, T) comes from the WEMoE module around: for one forward
+    pass it makes a copy of its layers and puts `lam` in them. Merged weights are not kept for the backward pass but
+    merged again, so that memory never holds B sets of them. Of linear layers, MergedLinear computes the same faster.
     """
 
-    moved = "forward_hook|backward"  # its hooks that run here, on all samples; not pre-hooks: they may compute weights
+    moved_hooks = "forward_hook|backward"  # not those before forward, which may compute weights
 
     def __init__(self, layer: nn.Module, tau: Mapping[Tensor, Tensor]):
         nn.Module.__init__(self)  # not super().__init__(): a MergedLinear's next in line is nn.Linear, with new weights
-        self.layer, self.training, self.places = layer, layer.training, {}  # name -> i of its τ_i
+        self.layer, self.training = layer, layer.training
+        self.lam: Tensor | None = None  # (B, T), or (1, T) for all samples; only ever set in a copy
+        self.index_of: dict[str, int] = {}  # name -> i of its τ_i, in parameters called tau_i; tied names share one
         tensors: dict[Tensor, int] = {}
         for path, part in layer.named_modules():
             for name, p in (*part._parameters.items(), *part._buffers.items()):
                 if p in tau:
-                    self.places[f"{path}.{name}".lstrip(".")] = tensors.setdefault(p, len(tensors))
-        for p, i in tensors.items():  # no buffers: DistributedDataParallel would send them around at every step
+                    self.index_of[f"{path}.{name}".lstrip(".")] = tensors.setdefault(p, len(tensors))
+        for p, i in tensors.items():  # not as buffers, which DistributedDataParallel would send around at every step
             self.register_parameter(f"tau_{i}", nn.Parameter(tau[p], requires_grad=False))
-        _swap_hooks(self, layer, self.moved)
+        _swap_hooks(self, layer, self.moved_hooks)  # they run here, and see all samples
 
     def tau(self, i: int) -> Tensor:
         return getattr(self, f"tau_{i}")
@@ -219,17 +152,20 @@ class MergedLayer(nn.Module):
 
     def weights(self, lam: Tensor) -> dict[str, Tensor]:
         """θ_0 + Σ_t λ_t τ_t by name, for λ (T,)."""
-        theta_0 = {name: operator.attrgetter(name)(self.layer) for name in self.places}
-        with torch.autocast(lam.device.type, enabled=False):
-            return {name: p + self.update(lam, self.places[name]).to(p) for name, p in theta_0.items()}
+        theta_0 = {name: operator.attrgetter(name)(self.layer) for name in self.index_of}
+        with torch.autocast(lam.device.type, enabled=False):  # weights are merged in their own precision
+            return {name: p + self.update(lam, self.index_of[name]).to(p) for name, p in theta_0.items()}
 
     def forward(self, *args, **kwargs):
-        lam = _lam_of(self, _first_tensor(args, kwargs))
-        return self.for_all(lam[0], *args, **kwargs) if len(lam) == 1 else self.for_each(lam, *args, **kwargs)
+        _check_pass(self, _first_tensor(args, kwargs))
+        if len(self.lam) == 1:
+            return self.for_all(self.lam[0], *args, **kwargs)
+        return self.for_each(self.lam, *args, **kwargs)
 
     def for_all(self, lam: Tensor, *args, **kwargs):
-        """All samples through the weights merged with λ (T,): in a copy, see _run_with."""
-        return _with_weights(_copied(self.layer, {}), self.weights(lam))(*args, **kwargs)
+        """All samples through the weights merged with λ (T,)."""
+        merged = _with_weights(_shallow_copy(self.layer, {}), self.weights(lam))
+        return merged(*args, **kwargs)
 
     def for_each(self, lam: Tensor, *args, **kwargs):
         """Sample b, alone, through the weights merged with λ_b; tensors of B rows are split among the samples."""
@@ -241,18 +177,77 @@ class MergedLayer(nn.Module):
         return tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *outputs)
 
     def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            value = getattr(super().__getattr__("layer"), name)
-        # Outside a pass its tensors are θ_0. Within one each sample has its own: code may ask for their type or shape,
-        # but the numbers are NaN, which shows.
-        return value.new_full((), math.nan).expand_as(value) if _is_weight(value) and "lam" in vars(self) else value
+        return _reach_inside(self, "layer", name)
+
+
+class WEMoE(nn.Module):
+    """A module whose weights depend on its input (Eq. 2): sample b runs through θ_0 + Σ_t λ_t(h_b) τ_t.
+
+        h (B, ..., D) ──► router ──► λ (B, T) ──► every layer: θ_0 + Σ_t λ_bt τ_t, weights for each sample
+              └────────────────────────────────────► the module, made of these layers ──► its output
+
+    `pretrained` is any module whose first input is a tensor (B, ..., D); `finetuned` are T modules of the same
+    structure, or their state dicts. `router` maps that input to λ (B, T), or (1, T) for all samples, and takes the
+    keyword `mask` if set_token_mask is used; only the router is trainable.
+    `layer(part, tau)` is what linear layers become, a MergedLinear unless told otherwise; with MergedLayer the module
+    is not taken apart but merged as a whole, sample by sample: for modules that reshape the batch inside (windows,
+    beams), whose layers' inputs have not B rows.
+    Attributes: `router`, and `merged`, the module with merged layers in it.
+    Raises ValueError if the modules differ in structure or in number from the routing weights, or if a module cannot
+    run with weights from outside.
+    """
+
+    def __init__(self, pretrained: nn.Module, finetuned: Models, router: nn.Module, *, layer: Callable | None = None):
+        super().__init__()
+        check_mergeable(pretrained)
+        _check_batch_first(pretrained)
+        vectors = [task_vector(pretrained, module) for module in _members(finetuned)]
+        self.num_tasks = getattr(router, "num_tasks", len(vectors))
+        if len(vectors) == 0 or len(vectors) != self.num_tasks:
+            raise ValueError(f"WEMoE got {len(vectors)} fine-tuned modules for a router with {self.num_tasks} outputs.")
+        module = copy.deepcopy(pretrained).requires_grad_(False)
+        theta_0 = _live_state(module)
+        # τ (T, *shape) by the tensor of θ_0 itself (dictionaries go by its id), not by its name: tied names share one.
+        tau = {theta_0[name]: torch.stack([vector[name] for vector in vectors]) for name in vectors[0]}
+
+        def merged_layer(part: nn.Module) -> nn.Module | None:
+            if type(part) is nn.Linear and part.weight in tau:
+                return (layer or MergedLinear)(part, tau)
+            if layer is MergedLayer or _merges_whole(part, tau):
+                return MergedLayer(part, tau)
+            return None  # its parts are asked
+
+        self.merged = _replace(module, merged_layer)
+        self.router = router
+        self.training = pretrained.training
+        self.routing = nn.Identity()  # λ passes through it, for routing_weights to see
+        self.mask: Tensor | None = None  # (B, N), see set_token_mask
+
+    def route(self, h: Tensor) -> Tensor:
+        """λ (B, T) for the input (B, ..., D), or (1, T) where all samples share one, so that layers merge once."""
+        if len(h) == 0:
+            return h.new_zeros(1, self.num_tasks, dtype=torch.float32)  # no sample to merge for
+        # While tokens are generated with a cache, h has the last one only, and the mask has all.
+        masked = self.mask is not None and self.mask.shape == h.shape[:-1]
+        lam = self.router(h, mask=self.mask) if masked else self.router(h)
+        if lam.shape not in ((len(h), self.num_tasks), (1, self.num_tasks)):
+            raise ValueError(f"The routing weights are {tuple(lam.shape)} for an input {tuple(h.shape)}.")
+        shared = len(lam) == 1 or getattr(self.router, "depth", None) == 0
+        lam = self.routing(lam.expand(len(h), -1))
+        lam = lam[:1] if shared else lam
+        return lam if torch.is_grad_enabled() else lam.detach()  # layers ask whether it requires a gradient
+
+    def forward(self, *args, **kwargs):
+        lam = self.route(_first_tensor(args, kwargs))
+        return _run_with(lam, self.merged, args, kwargs)  # a copy of the module, whose layers have this λ as `lam`
+
+    def __getattr__(self, name: str):
+        return _reach_inside(self, "merged", name)
 
 
 # ---- Upscaling -------------------------------------------------------------------------------------------------------
 
-# What open_clip, timm, torchvision and Hugging Face call the MLP of a Transformer block.
+# What open_clip, timm, torchvision and most of Hugging Face call the MLP of a Transformer block.
 _MLP = r"(^|\.)(mlp|DenseReluDense)$"
 
 
@@ -271,8 +266,8 @@ def upscale(
     modified. `init_lambda` is λ of task arithmetic, and where routing weights start; `router_depth` is that of Router.
     `modules` says which to route: None, the MLPs by the names that open_clip, timm, torchvision and Hugging Face give
     them; a regular expression to be found in a module's name; or a predicate (name, module) -> bool. Of modules within
-    one another, the outermost is routed. `layer` is that of WEMoE. In the result, only routers require gradients. An
-    `attention_mask` that it is given reaches its routers, and its `generate` keeps the routing weights of the prompt.
+    one another, the outermost is routed. `layer` is that of WEMoE. In the result, only routers require gradients. A
+    text model's `attention_mask` reaches its routers, and its `generate` keeps the routing weights of the prompt.
     Raises ValueError if no module is selected, or if the models differ in structure or cannot be upscaled.
     """
     models = list(_members(finetuned))
@@ -280,16 +275,19 @@ def upscale(
         raise ValueError("upscale needs at least one fine-tuned model, got none.")
     merged = task_arithmetic(pretrained, (task_vector(pretrained, model) for model in models), init_lambda)
     upscaled = copy.deepcopy(pretrained).requires_grad_(False)
-    upscaled.load_state_dict(merged)
+    upscaled.load_state_dict(merged)  # all of it; what is routed is replaced below
     routed: dict[nn.Module, WEMoE] = {}  # a module that the model holds under two names stays one module
     for name in _selected(pretrained, modules):
-        module, place = pretrained.get_submodule(name), upscaled.get_submodule(name)  # with θ_0; what it replaces
-        if place not in routed:
-            router = Router(_hidden_size(name, module) if router_depth else 0, len(models), router_depth, init_lambda)
-            weight = next(p for p in _state(module).values() if _is_weight(p))
-            router.to(weight.device, _wide(weight)).train(module.training)
-            routed[place] = WEMoE(module, [_part(model, name) for model in models], router, layer=layer)
-    return _prepare_for_text(_replace(upscaled, routed.get))
+        module, replaced = pretrained.get_submodule(name), upscaled.get_submodule(name)
+        if replaced not in routed:
+            hidden_size = _hidden_size(name, module) if router_depth else 0
+            router = Router(hidden_size, len(models), router_depth, init_lambda)
+            weight = next(p for p in _live_state(module).values() if _is_weight(p))
+            router.to(weight.device, _at_least_float32(weight)).train(module.training)
+            routed[replaced] = WEMoE(module, [_part(model, name) for model in models], router, layer=layer)
+    upscaled = _replace(upscaled, routed.get)
+    _prepare_for_text(upscaled)
+    return upscaled
 
 
 # ---- Test-time adaptation --------------------------------------------------------------------------------------------
@@ -316,7 +314,7 @@ def negative_information(logits: Tensor) -> Tensor:
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
-    log_p = F.log_softmax(logits, dim=-1, dtype=_wide(logits))
+    log_p = F.log_softmax(logits, dim=-1, dtype=_at_least_float32(logits))
     return log_p.clamp_min(torch.finfo(log_p.dtype).min)  # 0 log 0 = 0, too, for a logit of -inf
 
 
@@ -338,14 +336,15 @@ def adapt(
     rate that a cosine takes to zero; it back-propagates task by task, so that memory does not grow with their number.
 
     Args:
-        model: an upscaled model, or one in DistributedDataParallel. What requires gradients in it is trained.
+        model: an upscaled model, or one in DistributedDataParallel. What requires gradients in it is trained, in the
+            mode (train or eval) in which it is.
         loaders: task -> iterable of unlabelled batches, started again when exhausted: the model's input, or its
             arguments by name, as a text's `input_ids` and `attention_mask`.
         heads: task -> callable from the model's output to logits (B, C), best frozen: they are not trained.
         steps, lr: number of steps and first learning rate (the paper's are 1000 and 1e-4, at 16 images of every task).
         objective: what is minimised, a function of one task's logits (B, C).
-        optimizer, start: to go on with an interrupted adaptation: its optimizer, whose groups have learning rates of
-            their own (`lr` is not used), and the number of steps done. The `loaders` are to yield what comes next.
+        optimizer, start: to resume: the optimizer, whose groups have learning rates of their own (`lr` is not used),
+            and the number of steps done. The `loaders` are to yield what comes next.
         on_step: called after each step with its number, from 1, and the mean entropy of every task.
 
     Returns the mean entropy over all tasks, in nats, at each step before its update.
@@ -358,15 +357,15 @@ def adapt(
     optimizer = optimizer or torch.optim.Adam(trainable, lr)
     batches = {task: _endless(task, loader, trainable[0].device) for task, loader in loaders.items()}
     history = []
-    # A distributed model exchanges gradients once a step, after the last task.
-    last, no_exchange = list(loaders)[-1], getattr(model, "no_sync", nullcontext)
-    with torch.inference_mode(False), torch.enable_grad():
+    last = list(loaders)[-1]  # after which a distributed model exchanges gradients, once a step
+    no_exchange = getattr(model, "no_sync", nullcontext)
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
         for step in range(start + 1, steps + 1):
-            for group in optimizer.param_groups:
-                cosine = (1 + math.cos(math.pi * (step - 1) / steps)) / 2
+            cosine = (1 + math.cos(math.pi * (step - 1) / steps)) / 2
+            for group in optimizer.param_groups:  # "initial_lr" is where torch's schedulers keep it, too
                 group["lr"] = group.setdefault("initial_lr", group["lr"]) * cosine
             optimizer.zero_grad()
-            entropies = []
+            entropies = []  # reported, whatever the objective is
             for task in loaders:
                 batch = next(batches[task])
                 with nullcontext() if task == last else no_exchange():
@@ -375,13 +374,14 @@ def adapt(
                     objective(logits).backward()
                 entropies.append(mean_entropy(logits.detach()))
             norm = torch.stack([p.grad.norm() for p in trainable if p.grad is not None]).norm()
-            values = torch.stack([*entropies, norm]).tolist()  # one wait for the GPU
-            for what, value in zip([*(f"entropy of task {task!r}" for task in loaders), "gradient"], values):
+            *entropies, norm = torch.stack([*entropies, norm]).tolist()  # one wait for the GPU
+            by_task = dict(zip(loaders, entropies))
+            found = {f"entropy of task {task!r}": value for task, value in by_task.items()} | {"gradient": norm}
+            for what, value in found.items():
                 if not math.isfinite(value):
                     optimizer.zero_grad()
                     raise FloatingPointError(f"The {what} is {value} at step {step} of {steps}.")
             optimizer.step()
-            by_task = dict(zip(loaders, values))
             history.append(sum(by_task.values()) / len(by_task))
             if on_step is not None:
                 on_step(step, by_task)
@@ -393,32 +393,16 @@ def adapt(
 
 
 @contextmanager
-def routing_weights(model: nn.Module, frozen: bool = False) -> Iterator[dict[str, Tensor]]:
+def routing_weights(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Record the routing weights (B, T) of the last forward pass, for each WEMoE module of `model` by its name.
 
     with routing_weights(model) as weights:
         model(images)
     weights["transformer.resblocks.0.mlp"]  # (B, T)
-
-    With `frozen`, they stay those of the first forward pass: a prompt's, while tokens are generated for it.
     """
     weights: dict[str, Tensor] = {}
-
-    def see(name: str, _: nn.Module, __: tuple, lam: Tensor) -> Tensor | None:
-        if frozen:
-            return weights.setdefault(name, lam.detach())  # what a hook returns replaces λ
-        weights[name] = lam.detach()
-
-    routed = [(name, module) for name, module in model.named_modules() if isinstance(module, WEMoE)]
-    hooks = [module.routing.register_forward_hook(functools.partial(see, name)) for name, module in routed]
-    try:
+    with _seeing(model, lambda name, lam: weights.update({name: lam.detach()})):
         yield weights
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-frozen_routing = functools.partial(routing_weights, frozen=True)
 
 
 def unload(model: nn.Module) -> nn.Module:
@@ -433,7 +417,8 @@ def unload(model: nn.Module) -> nn.Module:
         if getattr(module.router, "depth", None) != 0:
             what = f"a {type(module.router).__name__} that looks at its input"
             raise ValueError(f"Only routers of depth 0 can be unloaded, not {what}.")
-        return _replace(module.pretrained, functools.partial(_unmerged, lam=module.router.bias.detach()))
+        lam = module.router(torch.empty(1, 0)).detach()[0]  # (T,), whatever the input
+        return _replace(module.merged, functools.partial(_unmerged, lam=lam))
 
     return _replace(copy.deepcopy(model), unloaded)
 
@@ -453,7 +438,7 @@ def _run_with(lam: Tensor, module: nn.Module, args: tuple, kwargs: dict):
     put back θ_0), and replicas and threads do not see one another's.
     """
     copies: dict[nn.Module, nn.Module] = {}  # each part of the module -> its copy
-    used = _copied(module, copies)
+    used = _shallow_copy(module, copies)
     for part in copies.values():
         if isinstance(part, MergedLayer):
             vars(part).update(lam=lam, ran=False)  # λ may be a parameter, which setattr would register
@@ -468,39 +453,55 @@ def _run_with(lam: Tensor, module: nn.Module, args: tuple, kwargs: dict):
     return output
 
 
-def _lam_of(layer: MergedLayer, x: Tensor) -> Tensor:
-    """λ in this pass, (B, T) or (1, T). Raises an error if the layer cannot run with it on x (B, ...), or not so."""
-    if "lam" not in vars(layer):
+def _check_pass(layer: MergedLayer, x: Tensor) -> None:
+    """Raise an error if the layer cannot run with its λ on x (B, ...); and make it ready."""
+    if layer.lam is None:
         raise RuntimeError("A merged layer runs in the WEMoE module that it is a part of, not by itself.")
-    lam, layer.ran = layer.lam, True
-    if lam.requires_grad and not torch.is_grad_enabled():
+    if layer.lam.requires_grad and not torch.is_grad_enabled():
         raise RuntimeError("A merged layer ran without gradients: give checkpoint use_reentrant=False.")
     if any(p.requires_grad for p in layer.parameters()):
         raise NotImplementedError("In a WEMoE module only the router is trainable: freeze everything else.")
-    if len(lam) > 1 and len(x) not in (1, len(lam)):
-        what = f"{type(layer.layer).__name__} got {tuple(x.shape)} for {len(lam)} samples"
+    if len(layer.lam) > 1 and len(x) not in (1, len(layer.lam)):
+        what = f"{type(layer.layer).__name__} got {tuple(x.shape)} for {len(layer.lam)} samples"
         raise ValueError(f"{what}: route the module that it is in with layer=MergedLayer.")
+    layer.ran = True  # _run_with asks
     for part in layer.layer.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
             part.training = False  # in this copy: one sample has no statistics, the merged ones serve
-    return lam
+
+
+def _reach_inside(wrapper: nn.Module, inner: str, name: str):
+    """An attribute that a WEMoE module or a merged layer lacks: that of the module in it, as mlp.fc1.weight.dtype."""
+    try:
+        return nn.Module.__getattr__(wrapper, name)
+    except AttributeError:
+        if name.startswith("__"):  # as the __deepcopy__ of a parametrised layer
+            raise
+        value = getattr(nn.Module.__getattr__(wrapper, inner), name)
+    if isinstance(wrapper, WEMoE) and any(value is p for p in (*wrapper.parameters(), *wrapper.buffers())):
+        raise AttributeError(f"{name!r} differs between samples: route the module that reads it.")
+    if isinstance(wrapper, MergedLayer) and vars(wrapper).get("lam") is not None and _is_weight(value):
+        # Each sample has its own: code may ask for their type or shape, but the numbers are NaN, which shows.
+        return value.new_full((), math.nan).expand_as(value)
+    return value
 
 
 _STRUCTURE = "_modules", "_parameters", "_buffers", "training"  # a module's other attributes are what it stores
 
 
-def _copied(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
-    """A copy of the module, of the same tensors and hooks; `copies` gets that of each part."""
+def _shallow_copy(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
+    """A copy of the module with the same tensors and hooks in it; `copies` gets that of each part."""
     if module not in copies:
         copies[module] = used = object.__new__(type(module))
         used.__dict__ = dict(vars(module))
-        used._modules = {n: None if part is None else _copied(part, copies) for n, part in module._modules.items()}
+        parts = module._modules.items()
+        used._modules = {name: None if part is None else _shallow_copy(part, copies) for name, part in parts}
         used._parameters, used._buffers = module._parameters.copy(), module._buffers.copy()
     return copies[module]
 
 
 def _with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """The module with its tensors replaced by these; not overwritten, as another module may hold the same tensor."""
+    """The same module, its tensors replaced by these; not overwritten, as another module may hold the same tensor."""
     for name, p in weights.items():
         path, _, entry = name.rpartition(".")
         part = module.get_submodule(path)
@@ -530,13 +531,30 @@ def _unmerged(merged: nn.Module, lam: Tensor) -> nn.Module | None:
         return None
     weights, parameters = merged.weights(lam), dict(merged.layer.named_parameters(remove_duplicate=False))
     weights.update({n: nn.Parameter(p, requires_grad=False) for n, p in weights.items() if n in parameters})
-    _swap_hooks(merged, merged.layer, merged.moved)
+    _swap_hooks(merged, merged.layer, merged.moved_hooks)
     return _with_weights(merged.layer, weights)
 
 
 def _swap_hooks(one: nn.Module, other: nn.Module, kinds: str) -> None:
+    """Give each the other's hooks of these kinds, by what torch calls their dictionaries."""
     for name in [name for name in vars(one) if "hook" in name and re.search(kinds, name)]:
         vars(one)[name], vars(other)[name] = vars(other)[name], vars(one)[name]
+
+
+@contextmanager
+def _seeing(model: nn.Module, see: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
+    """Call `see` with each λ and the name of its module; what it returns, unless None, is taken in the place of λ."""
+
+    def hook(name: str, _module: nn.Module, _input: tuple, lam: Tensor) -> Tensor | None:
+        return see(name, lam)
+
+    routed = [(name, module) for name, module in model.named_modules() if isinstance(module, WEMoE)]
+    handles = [module.routing.register_forward_hook(functools.partial(hook, name)) for name, module in routed]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 # ---- What makes it fast: linear layers, merged and applied tile by tile ----------------------------------------------
@@ -545,7 +563,7 @@ def _swap_hooks(one: nn.Module, other: nn.Module, kinds: str) -> None:
 class MergedLinear(MergedLayer, nn.Linear):
     """A linear layer with weights of its own for each sample; to libraries, an nn.Linear. See MergedLayer."""
 
-    moved = "forward|backward"
+    moved_hooks = "forward|backward"
 
     def tau_rows(self, rows: slice) -> Tensor:
         """τ in these rows of the matrix: (T, rows, D_in)."""
@@ -617,6 +635,14 @@ def _tiles(lam: Tensor, theta: Tensor, layer: MergedLinear) -> Iterator[tuple[sl
 # ---- Text: padding and generation -----------------------------------------------------------------------------------
 
 
+@contextmanager
+def frozen_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Keep the routing weights (B, T) of the first forward pass: a prompt's, while tokens are generated for it."""
+    weights: dict[str, Tensor] = {}
+    with _seeing(model, lambda name, lam: weights.setdefault(name, lam.detach())):
+        yield weights
+
+
 def set_token_mask(model: nn.Module, mask: Tensor | None) -> None:
     """From now on, routers whose input is (B, N, D) average over the tokens where `mask` (B, N) is not zero.
 
@@ -628,7 +654,13 @@ def set_token_mask(model: nn.Module, mask: Tensor | None) -> None:
             module.mask = mask
 
 
-def _prepare_for_text(model: nn.Module) -> nn.Module:
+def _masked_mean(h: Tensor, mask: Tensor) -> Tensor:
+    """The mean over the tokens where the mask (B, N) is not zero, whatever the others hold: (B, N, D) -> (B, D)."""
+    kept = mask.to(h.device) != 0
+    return h.masked_fill(~kept[..., None], 0).sum(1) / kept.sum(1, keepdim=True).clamp_min(1)
+
+
+def _prepare_for_text(model: nn.Module) -> None:
     """Let an `attention_mask` reach the routers, and `generate` keep the routing weights of the prompt."""
     for tower in model.modules():
         # With pixel_values, too: the vision tower of a model of both is to run without the mask of the texts.
@@ -636,7 +668,6 @@ def _prepare_for_text(model: nn.Module) -> nn.Module:
             tower.register_forward_pre_hook(_take_attention_mask, with_kwargs=True)
         if hasattr(type(tower), "generate"):
             tower.generate = functools.partial(_generate, tower)
-    return model
 
 
 def _take_attention_mask(tower: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -663,7 +694,7 @@ def _members(models: Models) -> Iterable[Model]:
     return models
 
 
-def _state(model: Model) -> dict[str, Tensor]:
+def _live_state(model: Model) -> dict[str, Tensor]:
     """A state dict in which a tied parameter is the same object under each of its names."""
     return dict(model.state_dict(keep_vars=True) if isinstance(model, nn.Module) else model)
 
@@ -675,7 +706,7 @@ def _part(model: Model, name: str) -> Model:
     return {key.removeprefix(prefix): p for key, p in model.items() if key.startswith(prefix)}
 
 
-def _wide(p: Tensor) -> torch.dtype:
+def _at_least_float32(p: Tensor) -> torch.dtype:
     return torch.promote_types(p.dtype, torch.float32)
 
 
@@ -683,9 +714,9 @@ def _is_weight(p: object) -> bool:
     return isinstance(p, Tensor) and p.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def _weights(pretrained: Model, other: Model, what: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _matching_weights(pretrained: Model, other: Model, what: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Two models' weights by their names. Raises ValueError, naming the entry, for what cannot be merged."""
-    theta_0, theta_t = _state(pretrained), _state(other)
+    theta_0, theta_t = _live_state(pretrained), _live_state(other)
     both = {key: p for key, p in theta_0.items() if _is_weight(p) and _is_weight(theta_t.get(key))}
     first = {id(p): key for key, p in reversed(both.items())}  # the first name of each tensor, to find ties
     for key in sorted(theta_0.keys() | theta_t.keys()):
@@ -746,9 +777,9 @@ def check_mergeable(module: nn.Module) -> None:
             raise ValueError(f"{name!r} {wrong}.")
 
 
-def _is_layer(module: nn.Module, tau: Mapping[Tensor, Tensor]) -> bool:
+def _merges_whole(module: nn.Module, tau: Mapping[Tensor, Tensor]) -> bool:
     """Whether it is merged as one: it holds weights, is computed from some, or has a table that is no sample's."""
-    own_weights = any("." not in name and isinstance(p, Tensor) and p in tau for name, p in _state(module).items())
+    own_weights = any("." not in name and isinstance(p, Tensor) and p in tau for name, p in _live_state(module).items())
     tables = nn.Embedding | nn.ParameterList | nn.ParameterDict  # as the positions of T5's attention
     has_table = any(isinstance(child, tables) for child in module.children())
     return own_weights or has_table or hasattr(module, "parametrizations")
@@ -780,7 +811,8 @@ def _selected(model: nn.Module, modules: str | Callable[[str, nn.Module], bool] 
     """Names of the modules to route: those that `modules` selects, hold weights, and lie in no other such module."""
     pattern = _MLP if modules is None else modules
     wanted = pattern if callable(pattern) else lambda name, _: re.search(pattern, name)
-    named = {n: m for n, m in model.named_modules(remove_duplicate=False) if any(map(_is_weight, _state(m).values()))}
+    every = model.named_modules(remove_duplicate=False)
+    named = {name: module for name, module in every if any(map(_is_weight, _live_state(module).values()))}
     names: list[str] = []
     for name, module in named.items():  # parents come before their children
         if wanted(name, module) and not any(outer == "" or name.startswith(f"{outer}.") for outer in names):
@@ -795,6 +827,11 @@ def _selected(model: nn.Module, modules: str | Callable[[str, nn.Module], bool] 
     return names
 
 
+def _check_batch_first(module: nn.Module) -> None:
+    if not _batch_first("", {"": module}):
+        raise ValueError("Attention with batch_first=False cannot be routed: λ would mix samples, use True.")
+
+
 def _batch_first(name: str, named: Mapping[str, nn.Module]) -> bool:
     """Whether samples come first in the attention that is nearest: in the module, or in one of those around it."""
     attentions = [module for module in named[name].modules() if isinstance(module, nn.MultiheadAttention)]
@@ -805,7 +842,7 @@ def _batch_first(name: str, named: Mapping[str, nn.Module]) -> bool:
 
 def _hidden_size(name: str, module: nn.Module) -> int:
     """D, the last axis of the module's input, as told by the first matrix in it, or else by its first vector."""
-    shapes = [p.shape for p in _state(module).values() if _is_weight(p)]
+    shapes = [p.shape for p in _live_state(module).values() if _is_weight(p)]
     shape = next((shape for shape in shapes if len(shape) == 2), shapes[0])
     if len(shape) not in (1, 2):
         raise ValueError(f"The hidden size of {name!r} cannot be told from its weights: use router_depth=0, or WEMoE.")

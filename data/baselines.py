@@ -256,7 +256,7 @@ class AdaMerging(MergedLayer):
         theta_0 = {name: p for name, p in model.state_dict(keep_vars=True).items() if name in fitting}
         super().__init__(model, {p: torch.stack([v[n].detach().to(p) for v in vectors]) for n, p in theta_0.items()})
         self.clamp = clamp
-        index = {attrgetter(path)(model): i for path, i in self.places.items()}  # a tied tensor has one λ
+        index = {attrgetter(path)(model): i for path, i in self.index_of.items()}  # a tied tensor has one λ
         self.names = {name: index[p] for name, p in theta_0.items()}
         shape = len(index) if layer_wise else 1, len(vectors)
         self.lam = nn.Parameter(torch.full(shape, float(init_lambda), device=next(iter(index)).device))

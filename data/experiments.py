@@ -454,11 +454,12 @@ def show_ablation(measured: Measured) -> Shown:
             curve = measured.entries[condition.name]["WEMoE"][0]["adaptation"]
             lr = condition.change.get("lr", suite.adaptation.lr)
             rates[f"lr = {lr:g}"] = dict(zip(curve["steps"], curve["accuracy"]))
-    panels = {name: {x: y for x, y in sorted(points.items()) if y is not None} for name, points in panels.items()}
+    known = {name: {x: y for x, y in sorted(points.items()) if y is not None} for name, points in panels.items()}
+    lines = {name: {"WEMoE": {f"{x:g}": y for x, y in points.items()}} for name, points in known.items() if points}
     curves = published.adaptation_curves(suite.name) if suite.source else []
     theirs = {f"lr = {c['learning_rate']:g}": dict(zip(c["steps"], c["average"])) for c in curves}
     figures = {
-        "ablation": report.draw_lines({name: {"WEMoE": points} for name, points in panels.items() if points}),
+        "ablation": report.draw_lines(lines, columns=3),
         "rates": report.draw_lines({"adaptation step": rates}, {"adaptation step": theirs}),
     }
     return Shown(figures)

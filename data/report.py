@@ -211,12 +211,15 @@ def draw_landscapes(surfaces: dict[str, tuple[tuple[str, str], list[float], list
 
 
 def draw_lines(
-    panels_of: dict[str, dict[str, dict[float, float]]],
+    panels_of: dict[str, dict[str, dict[float | str, float]]],
     theirs: dict[str, dict[str, dict[float, float]]] | None = None,
     ylabel: str = "accuracy (%)",
     columns: int = 5,
 ) -> Figure:
-    """A panel for each x axis or condition, a line for each label: x -> y; dashed, what was published."""
+    """A panel for each x axis or condition, a line for each label: x -> y; dashed, what was published.
+
+    Where x are words, they are evenly spaced.
+    """
     theirs, rows = theirs or {}, -(-len(panels_of) // columns)
     columns = min(columns, len(panels_of))
     figure, axes = panels(rows, columns, figsize=(3 * columns + 2.5, 3.2 * rows), sharey=ylabel == "accuracy (%)")
