@@ -320,21 +320,6 @@ def test_one_hot_zero_and_constant_routers(kind, tasks, batch, tokens, lam, seed
     close(WEMoE(pretrained, finetuned, Router(4, tasks, 0, lam))(x), functional_call(pretrained, merged, (x,)))
 
 
-class Odd(nn.Module):
-    """Low-rank adapters as plain parameters, a parametrization, w.T @ w: functions of parameters."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Parameter(torch.randn(4, 2)), nn.Parameter(torch.randn(2, 4))
-        self.c, self.bent = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 4)
-        nn.utils.parametrize.register_parametrization(self.bent, "weight", nn.Tanh())
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert self.a.shape == (4, 2) and self.a.dtype == x.dtype and self.a.device == x.device
-        x = F.linear(x, self.a.mT, torch.ones(2)) @ self.b + F.linear(x, self.c, torch.ones(4))
-        return self.bent(x @ (self.a @ self.b)) + torch.einsum("...i,ij->...j", x, self.b.T @ self.b)
-
-
 class Normed(nn.Module):
     """Batch normalisation, tied weights, a shared submodule, a frozen, an unused and an adapted parameter."""
 
@@ -354,29 +339,22 @@ class Normed(nn.Module):
         return self.down(self.again(self.norm(self.up(x)))) + x @ self.a @ self.b
 
 
-class Tied(nn.Module):
-    """Two linear layers with one matrix."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.b.weight = self.a.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(torch.tanh(self.a(x)))
+def tied() -> Made:
+    module = Made(lambda self, x: self.b(torch.tanh(self.a(x))), a=nn.Linear(4, 4), b=nn.Linear(4, 4))
+    module.b.weight = module.a.weight
+    return module
 
 
 # Layers of every kind: those that hold weights by themselves, and those whose weights are computed.
 LAYERS = {
-    "odd": Odd,
-    "tied": Tied,
+    "tied": tied,
     "normed": Normed,
     "normed, evaluated": lambda: Normed().eval(),
     "a buffer that is trained": lambda: Made(
         lambda self, x: self.fc(x) * self.scale, fc=nn.Linear(4, 4), scale=torch.randn(4)
     ),
     "convolution": lambda: nn.Sequential(nn.Conv1d(5, 4, 3), nn.GroupNorm(2, 4), nn.Conv1d(4, 2, 1)),
-    "bilinear": lambda: nn.Sequential(nn.Linear(4, 4), nn.PReLU(), nn.RMSNorm(4)),
+    "activation": lambda: nn.Sequential(nn.Linear(4, 4), nn.PReLU(), nn.RMSNorm(4)),
     "dropout that is off": lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout(1.0).eval(), nn.LayerNorm(4)),
     "weight_norm": lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))),
     "orthogonal": lambda: nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(4, 4))),
@@ -410,20 +388,19 @@ def test_tiles_of_rows_and_samples_cover_everything():
 
 @pytest.mark.parametrize("kind", ["plain", "gated", "attention"])
 def test_merged_weights_are_not_kept_for_the_backward_pass(kind):
-    attention = kind == "attention"
-    make = functools.partial(nn.MultiheadAttention, num_heads=2, batch_first=True) if attention else MLPS[kind]
-    models = [make(32) for _ in range(3)]
-    module, x, kept = WEMoE(models[0], models[1:], Router(32, 2)), torch.randn(16, 2, 32, requires_grad=True), {}
+    makes = MLPS | {"attention": functools.partial(nn.MultiheadAttention, num_heads=2, batch_first=True)}
+    models, x, kept = [makes[kind](32) for _ in range(3)], torch.randn(16, 2, 32, requires_grad=True), {}
+    module = WEMoE(models[0], models[1:], Router(32, 2))
 
     def keep(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        y = module(x, x, x, need_weights=False)[0] if attention else module(x)
-    fixed = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    merged = 16 * sum(p.numel() * 4 for p in models[0].parameters())
-    assert sum(size for address, size in kept.items() if address not in fixed) < merged / 2
+        y = module(x, x, x)[0] if kind == "attention" else module(x)
+    for p in module.parameters():
+        kept.pop(p.untyped_storage().data_ptr(), None)
+    assert sum(kept.values()) < 16 * sum(p.nbytes for p in models[0].parameters()) / 2
     assert all(gradient.any() for gradient in gradients(y, module))
 
 
@@ -685,10 +662,7 @@ def test_recomputation_changes_no_gradient(inner, outer, layer):
     close(*found, atol=1e-3)
 
 
-RECOMPUTED = fails("a checkpoint in a merged layer runs again with θ_0")
-
-
-@pytest.mark.parametrize("layer", [None, pytest.param(MergedLayer, marks=RECOMPUTED)])
+@pytest.mark.parametrize("layer", [None, pytest.param(MergedLayer, marks=fails("recomputed with θ_0"))])
 def test_reentrant_checkpoints_inside_are_refused(layer):
     with torch.no_grad():
         close(keeping(True, layer=layer)(X), keeping()(X))
@@ -783,6 +757,8 @@ def test_upscaled_models_start_from_task_arithmetic_and_everything_else_stays_th
         assert p.requires_grad == (".router." in name)
         if ".router." not in name and ".mlp." not in name:
             close(p, merged[name])
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (model, pretrained, pretrained.blocks[0]["mlp"])]
+    assert sizes[0] == sizes[1] + 2 * tasks * sizes[2] + sum(p.numel() for p in trained(model).values())
     for module in routed(model).values():
         assert module.router.depth == depth and (list(module.router.parameters())[-1] == lam).all()
     set_router(model, Fixed(torch.full((tasks,), lam)))
@@ -791,43 +767,21 @@ def test_upscaled_models_start_from_task_arithmetic_and_everything_else_stays_th
     same([m.state_dict() for m in (pretrained, *finetuned)], before)
 
 
-def test_any_models_are_recovered_when_every_module_with_parameters_is_routed():
-    def leaves(name: str, module: nn.Module) -> bool:
-        return any(True for _ in module.parameters(recurse=False))
-
-    for make, count, x in (
-        (lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Sequential(nn.Tanh(), Gated(6))), 5, X),
-        (Transformer, 1, torch.randn(2, 4, 3)),  # holds parameters itself: it is routed as a whole
-    ):
-        pretrained, finetuned = several(make)
-        model = upscale(pretrained, finetuned, modules=leaves, router_depth=0)
-        assert len(routed(model)) == count
-        for t in range(2):
-            set_router(model, expert(t))
-            close(model(x), finetuned[t](x))
-
-
-def test_an_upscaled_model_holds_itself_a_task_vector_for_each_mlp_and_task_and_the_routers():
-    pretrained, *finetuned = (Transformer() for _ in range(4))
-    mlp, total, upscaled = (
-        sum(p.numel() for p in model.parameters())
-        for model in (pretrained.blocks[0]["mlp"], pretrained, upscale(pretrained, finetuned))
-    )
-    assert upscaled == total + 2 * 3 * mlp + 2 * (4 * 4 + 4 + 4 * 3 + 3)
-
-
 def test_number_of_trainable_parameters_is_the_published_one():
     """ViT-B/32: 12 routers of D = 768. Published in shared/facts, after FusionBench's documentation."""
     for tasks, millions in enumerate([7.10, 7.11, 7.11, 7.12, 7.13, 7.14, 7.15, 7.16], 1):
         assert round(12 * sum(p.numel() for p in Router(768, tasks).parameters()) / 1e6, 2) == millions
 
 
-def test_models_come_in_any_container():
+def test_models_come_in_any_container_and_modules_are_chosen_by_any_predicate():
     pretrained, (a, b) = family("plain", 4, 2)
     named, outputs = {"a": a, "b": b}, []
     for models in ([a, b], iter([a, b]), named, nn.ModuleDict(named), [a.state_dict(), b.state_dict()]):
         torch.manual_seed(0)
-        outputs.append(upscale(pretrained, models, modules="0|2")(X))
+        model = upscale(pretrained, models, modules=lambda _, module: isinstance(module, nn.Linear))
+        outputs.append(model(X))
+        set_router(model, expert(1))
+        close(model(X), b(X))
     same(outputs[1:], outputs[:1] * 4)
 
 
@@ -950,7 +904,7 @@ def test_state_that_is_no_tensor_is_kept():
 # ---- Test-time adaptation --------------------------------------------------------------------------------------------
 
 
-@given(st.integers(1, 6), st.integers(1, 12), st.sampled_from([0.1, 1, 10, 1e3, 1e6]), seeds)
+@given(st.integers(1, 6), st.integers(1, 12), st.sampled_from([0, 0.1, 1, 10, 1e3, 1e6]), seeds)
 def test_entropy_and_its_gradient_against_float64(batch, classes, scale, seed):
     torch.manual_seed(seed)
     logits = (scale * torch.randn(batch, classes)).requires_grad_()
@@ -965,9 +919,7 @@ def test_entropy_and_its_gradient_against_float64(batch, classes, scale, seed):
     close(mean_entropy(logits).double(), reference.mean())
 
 
-def test_entropy_of_saturated_uniform_and_masked_logits():
-    assert entropy(torch.tensor([[1e4, 0.0, -1e4]])).item() == 0
-    assert entropy(torch.zeros(1, 7)).item() == pytest.approx(math.log(7))
+def test_entropy_of_half_precision_and_masked_logits():
     assert entropy(torch.zeros(1, 4, dtype=torch.float16)).dtype == torch.float32
     masked = torch.tensor([[0.0, 0.0, -math.inf], [1.0, 0.0, -math.inf]], requires_grad=True)
     assert entropy(masked)[0].item() == pytest.approx(math.log(2))
@@ -1136,7 +1088,7 @@ def test_constant_routers_are_merged_for_good(kind, tasks, seed):
     same(module.state_dict(), before)
 
 
-@pytest.mark.parametrize("make", [Transformer, Normed, Odd, Tied])
+@pytest.mark.parametrize("make", [Transformer, Normed, LAYERS["weight_norm"], tied])
 def test_models_of_any_layers_are_merged_for_good(make):
     torch.manual_seed(0)
     models, x = [make().eval() for _ in range(3)], torch.randn(2, 5, 3) if make is Transformer else X
@@ -1339,7 +1291,7 @@ REFUSED = {  # what: (how, a part of the sentence)
                     "q.lora.down.weight", "q.lora_linear_layer.down.weight", "q.hada_w1_a", "q.lokr_w1_a")},
     "another A": (lambda: subtract("A", torch.tensor(1.0), ONE), "'A' has shape"),
     "factors A and B": (lambda: task_vector(*[{"A": torch.ones(1, 4), "B": torch.ones(4, 1)}] * 2), "low-rank"),
-    "a tie that was cut": (lambda: task_vector(Tied(), Tied().state_dict() | {"b.weight": torch.ones(4, 4)}),
+    "a tie that was cut": (lambda: task_vector(tied(), tied().state_dict() | {"b.weight": torch.ones(4, 4)}),
                            "are tied in the pre-trained, not in the fine-tuned model"),
     "a factor for each": (lambda: task_arithmetic(LINEAR, [STATE], [0.1, 0.2]), "2 scaling factors for 1 task"),
     "another's vector": (lambda: task_arithmetic(LINEAR, [STATE | {"more": ONE}]), "'more' is in a task"),
