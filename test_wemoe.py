@@ -380,7 +380,8 @@ def test_layers_of_every_kind_are_merged_before_anything_is_computed_from_them(k
         close(y, expected, 1e-4)
         close(gradients(y, router), gradients(expected, router), 1e-2)
         same(module.state_dict(), before)  # no statistics of one sample
-        assert [part.training for part in module.modules()] == modes and module.training == pretrained.training
+        assert [part.training for part in module.modules()] == modes
+        assert module.training == module.pretrained.training == pretrained.training
 
 
 def test_tiles_of_rows_and_samples_cover_everything():
