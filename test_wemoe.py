@@ -131,7 +131,7 @@ class Fixed(nn.Module):
         self.lam = nn.Parameter(lam)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.lam.expand(len(x), self.lam.shape[-1])
+        return self.lam.expand(len(x), self.lam.shape[-1]).clone()  # not one λ for all, as that of Router(depth=0)
 
 
 def expert(t: int, tasks: int = 2) -> Fixed:
