@@ -492,7 +492,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--cache", type=Path, default=Path.home() / ".cache" / "wemoe", help="decoded images (default: %(default)s)")
     parsed = parser.parse_args(arguments)
     numbers = {number: name for name, experiment in EXPERIMENTS.items() for number in experiment.paper}
-    wanted = numbers.get(parsed.experiment.lower().replace(" ", ""), parsed.experiment)
+    number = re.sub(r"[ .]", "", parsed.experiment.lower()).replace("figure", "fig")  # "Figure 3", "Appendix B.3"
+    wanted = numbers.get(number, parsed.experiment)
     (parsed.experiment,) = choose("experiment", [wanted], list(EXPERIMENTS))
     check_numbers(parsed, {"steps": 1, "seed": 0, "seeds": 1, "limit": 1, "workers": 1})
     check_output(parsed.output)
@@ -544,7 +545,9 @@ def choose_tasks_and_methods(parsed: argparse.Namespace) -> None:
     if experiment.tasks:
         parsed.tasks = [COUNTERPARTS[task] if miniature else task for task in experiment.tasks]
     more = experiment.more_tasks and parsed.suite == "miniature"
-    parsed.tasks = choose("task", parsed.tasks, list(ALL_TASKS if more else SUITES[parsed.suite][1]))
+    known = list(ALL_TASKS if more else SUITES[parsed.suite][1])
+    usual = PUBLISHED_TASKS if parsed.suite in ARCHITECTURES else known
+    parsed.tasks = choose("task", parsed.tasks or usual, known)
     parsed.whole = bool(experiment.tasks) or parsed.tasks == PUBLISHED_TASKS  # as what is published
     senseless = SENSELESS if parsed.suite in GLUE_SUITES else ()
     senseless += ("MASS",) if parsed.suite in TEXTS else ()  # which routes by images
@@ -563,10 +566,8 @@ def choose_tasks_and_methods(parsed: argparse.Namespace) -> None:
     parsed.splits = experiment.splits + (("train",) if trains else ())
 
 
-def choose(kind: str, wanted: list[str] | None, known: list[str]) -> list[str]:
+def choose(kind: str, wanted: list[str], known: list[str]) -> list[str]:
     """The known names that are wanted, in their own order; case does not matter."""
-    if wanted is None:
-        return known
     exact = {name.lower(): name for name in known}
     if unknown := [name for name in wanted if name.lower() not in exact]:
         raise InputError(f"unknown {kind} {unknown[0]!r}: choose among {', '.join(map(repr, known))}")

@@ -381,7 +381,7 @@ def test_layers_of_every_kind_are_merged_before_anything_is_computed_from_them(k
         close(gradients(y, router), gradients(expected, router), 1e-2)
         same(module.state_dict(), before)  # no statistics of one sample
         assert [part.training for part in module.modules()] == modes
-        assert module.training == module.merged.training == pretrained.training
+        assert module.training == module.pretrained.training == pretrained.training
 
 
 def test_tiles_of_rows_and_samples_cover_everything():
@@ -468,7 +468,7 @@ def test_a_module_that_is_not_made_of_layers_is_refused_or_right_and_runs_whole(
         assert "layer=MergedLayer" in str(error)
     else:  # what is read from outside is NaN
         assert y.isnan().all() if "autoencoder" in use else torch.allclose(y, finetuned[1](X), atol=1e-4)
-    assert module.merged.fc.weight.dtype == torch.float32
+    assert module.pretrained.fc.weight.dtype == torch.float32
     close(WEMoE(pretrained, finetuned, expert(1), layer=MergedLayer)(X), finetuned[1](X), 1e-4)
 
 
@@ -571,8 +571,8 @@ def test_no_samples_or_no_tokens_give_none(kind, shape, layer):
 
 def test_the_wrapped_module_stays_in_reach():
     module, _ = plain()
-    assert getattr(module, "0") is module.merged[0] and isinstance(module.merged[0], nn.Linear)
-    assert module.merged[0].weight.dtype == torch.float32  # as libraries ask
+    assert getattr(module, "0") is module.pretrained[0] and isinstance(module.pretrained[0], nn.Linear)
+    assert module.pretrained[0].weight.dtype == torch.float32  # as libraries ask
     assert wrapped(LINEAR4).in_features == 4
 
 
@@ -626,7 +626,7 @@ def test_hooks_see_what_those_of_a_dense_module_see_before_and_after_it_is_route
     close(seen[0], seen[-1])
     y.sum().backward()
     assert len(seen) == 2
-    after = module.merged.get_submodule(place)
+    after = module.pretrained.get_submodule(place)
     after.register_forward_pre_hook(lambda module, inputs: (0 * inputs[0],))
     after.register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0]))
     close(module(X).sum(), module(Y).sum())
@@ -639,8 +639,8 @@ def test_what_a_module_keeps_can_be_read_and_the_module_copied_afterwards():
     module = WEMoE(pretrained, finetuned, Fixed(torch.zeros(2)))
     for once in (module, pretrained):
         once(Y), once(X)
-    close(module.merged.kept, pretrained.kept)  # a buffer that was None
-    assert module.last is module.merged.last and module.calls == 2 and module.merged.seen == 6
+    close(module.pretrained.kept, pretrained.kept)  # a buffer that was None
+    assert module.last is module.pretrained.last and module.calls == 2 and module.pretrained.seen == 6
     close(module.last, pretrained.last)
     with torch.no_grad():
         y = module(X)  # nor can a dense module be copied with a tensor in it that has a gradient function
@@ -652,7 +652,7 @@ def test_what_a_layer_with_weights_keeps_is_that_of_all_samples():
     make = lambda: Made(lambda self, h: vars(self).update(last=h) or h * self.w, w=nn.Parameter(torch.ones(4)))  # noqa: E731
     module = WEMoE(make(), [make(), make()], Router(4, 2))
     module(X)
-    assert torch.equal(module.merged.last, X)
+    assert torch.equal(module.pretrained.last, X)
 
 
 @pytest.mark.parametrize("outer", [None, True, False])

@@ -13,10 +13,11 @@ minimising the entropy of what each task's classifier (its head) predicts:
     model = upscale(pretrained, {"cars": cars_model, "signs": signs_model})
     adapt(model, loaders={"cars": ..., "signs": ...}, heads={"cars": ..., "signs": ...})
 
-Copy this file: it needs only torch (2.4 or later). When *not* to use it: if the task of every input is known, load that
-task's own model; if the models were not fine-tuned from one checkpoint, a sum of their weights means nothing.
+Copy this file: it needs only torch, 2.4 or later, and Python 3.10. When *not* to use it: if the task of every input is
+known, load that task's own model; if the models were not fine-tuned from one checkpoint, a sum of their weights means
+nothing.
 Shapes: B samples, T tasks, N tokens, D hidden size, `...` any token or spatial axes. Equations are the paper's.
-Functions that begin with an underscore are in the second half of the file, which can be left unread.
+Names that begin with an underscore are in the second half of the file, which can be left unread, as is MergedLinear.
 """
 
 import copy
@@ -37,7 +38,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 Model = nn.Module | Mapping[str, Tensor]  # a module or its state dict
-Models = Iterable[Model] | Mapping[str, Model]
+Models = Iterable[Model] | Mapping[str, Model]  # in a list, or by task
 
 # ---- Task vectors ----------------------------------------------------------------------------------------------------
 
@@ -48,15 +49,15 @@ def task_vector(pretrained: Model, finetuned: Model) -> dict[str, Tensor]:
     τ has an entry for each parameter and buffer in float16 to float64; integers (counters, say) are skipped.
     Raises ValueError, naming the entry, if the models differ in structure or cannot be subtracted.
     """
-    theta_0, theta_t = _matching_weights(pretrained, finetuned, "the fine-tuned model")  # or an error that names it
+    theta_0, theta_t = _matching_weights(pretrained, finetuned, "the fine-tuned model")  # detached, of the same names
     return {name: (theta_t[name].to(p.device) - p).to(p.dtype) for name, p in theta_0.items()}
 
 
 def task_arithmetic(pretrained: Model, task_vectors: Models, scaling: float | list[float] = 0.3) -> dict[str, Tensor]:
     """θ_0 + Σ_t λ_t τ_t as a new state dict (Section 3.1); `scaling` is λ, one number or one for each task.
 
-    `task_vectors` may be a generator, so that only one is in memory at a time. Sums are accumulated in float32 or
-    better and returned in the dtype of θ_0; what task vectors skip is copied. The inputs are not modified.
+    `task_vectors` may be a generator: with one λ for all, only one is in memory at a time. Sums are accumulated in
+    float32 or better and returned in the dtype of θ_0; what task vectors skip is copied. Inputs are not modified.
     Raises ValueError if there is not one λ for each task, or if a task vector's names or shapes are not those of θ_0.
     """
     vectors = _members(task_vectors)
@@ -86,7 +87,7 @@ class Router(nn.Module):
     The output is linear, neither a softmax nor clipped. Weights start as normal(0, 0.01) and the output bias as
     `init_lambda`: routing starts near task arithmetic. `parameters()` yields W1, b1, W2, b2 (or W, b; or b).
     With a `mask` (B, N), the mean is that of the tokens where it is not zero.
-    Raises ValueError for another depth and, unless it is 0, for inputs that are not (B, ..., D).
+    Raises ValueError for arguments that make no router and, unless its depth is 0, for inputs that are not (B, ..., D).
     """
 
     def __init__(self, hidden_size: int, num_tasks: int, depth: int = 2, init_lambda: float = 0.3):
@@ -120,41 +121,43 @@ class Router(nn.Module):
 
 
 class MergedLayer(nn.Module):
-    """Any layer, with weights of its own for each sample: θ_0 + Σ_t λ_bt τ_t word for word, one sample after another.
+    """Any layer, with weights of its own for each sample: merge θ_0 + Σ_t λ_bt τ_t, run sample b, then the next one.
 
-    `tau` gives τ (T, *shape) for the tensors of the layer. λ (B, T) comes from the WEMoE module around: for one forward
-    pass it makes a copy of its layers and puts `lam` in them. Merged weights are not kept for the backward pass but
-    merged again, so that memory never holds B sets of them. Of linear layers, MergedLinear computes the same faster.
+    `tau_of` gives τ (T, *shape) for the tensors of the layer. λ (B, T) comes from the WEMoE module around: for each
+    forward pass it makes a copy of its layers, and sets `lam` in them. With B sets of weights, none is kept for the
+    backward pass, they are merged again. For linear layers, MergedLinear does the same faster, in its own `for_each`.
     """
 
-    moved_hooks = "forward_hook|backward"  # not those before forward, which may compute weights
-
-    def __init__(self, layer: nn.Module, tau: Mapping[Tensor, Tensor]):
-        nn.Module.__init__(self)  # not super().__init__(): a MergedLinear's next in line is nn.Linear, with new weights
+    def __init__(self, layer: nn.Module, tau_of: Mapping[Tensor, Tensor]):
+        nn.Module.__init__(self)  # not super().__init__(): for MergedLinear, that of nn.Linear would make new weights
         self.layer, self.training = layer, layer.training
-        self.lam: Tensor | None = None  # (B, T), or (1, T) for all samples; only ever set in a copy
-        self.index_of: dict[str, int] = {}  # name -> i of its τ_i, in parameters called tau_i; tied names share one
-        tensors: dict[Tensor, int] = {}
+        self.lam: Tensor | None = None  # (B, T), or (1, T) for all samples
+        names_of: dict[Tensor, list[str]] = {}
         for path, part in layer.named_modules():
             for name, p in (*part._parameters.items(), *part._buffers.items()):
-                if p in tau:
-                    self.index_of[f"{path}.{name}".lstrip(".")] = tensors.setdefault(p, len(tensors))
-        for p, i in tensors.items():  # not as buffers, which DistributedDataParallel would send around at every step
-            self.register_parameter(f"tau_{i}", nn.Parameter(tau[p], requires_grad=False))
-        _swap_hooks(self, layer, self.moved_hooks)  # they run here, and see all samples
+                if p in tau_of:
+                    names_of.setdefault(p, []).append(f"{path}.{name}".lstrip("."))
+        self.names = list(names_of.values())  # of the i-th tensor, whose τ is tau_i: ["weight"], or more if it is tied
+        for i, p in enumerate(names_of):  # not as buffers, which DistributedDataParallel would send around
+            self.register_parameter(f"tau_{i}", nn.Parameter(tau_of[p], requires_grad=False))
+        _swap_hooks(self)  # those of the layer run here, and see all samples
 
     def tau(self, i: int) -> Tensor:
         return getattr(self, f"tau_{i}")
 
-    def update(self, lam: Tensor, i: int) -> Tensor:
+    def delta(self, lam: Tensor, i: int) -> Tensor:
         """Σ_t λ_t τ_t of the i-th tensor, for λ (T,)."""
         return torch.tensordot(lam.to(self.tau(i)), self.tau(i), dims=1)
 
     def weights(self, lam: Tensor) -> dict[str, Tensor]:
         """θ_0 + Σ_t λ_t τ_t by name, for λ (T,)."""
-        theta_0 = {name: operator.attrgetter(name)(self.layer) for name in self.index_of}
+        weights = {}
         with torch.autocast(lam.device.type, enabled=False):  # weights are merged in their own precision
-            return {name: p + self.update(lam, self.index_of[name]).to(p) for name, p in theta_0.items()}
+            for i, names in enumerate(self.names):
+                for name in names:
+                    theta_0 = operator.attrgetter(name)(self.layer)
+                    weights[name] = theta_0 + self.delta(lam, i).to(theta_0)
+        return weights
 
     def forward(self, *args, **kwargs):
         _check_pass(self, _first_tensor(args, kwargs))
@@ -164,16 +167,14 @@ class MergedLayer(nn.Module):
 
     def for_all(self, lam: Tensor, *args, **kwargs):
         """All samples through the weights merged with λ (T,)."""
-        merged = _with_weights(_shallow_copy(self.layer, {}), self.weights(lam))
-        return merged(*args, **kwargs)
+        return _with_weights(self.layer, self.weights(lam))(*args, **kwargs)
 
     def for_each(self, lam: Tensor, *args, **kwargs):
-        """Sample b, alone, through the weights merged with λ_b; tensors of B rows are split among the samples."""
+        """Sample b, alone, through the weights merged with λ_b, with its row of each tensor of B rows."""
         x, outputs = _first_tensor(args, kwargs), []
-        run = functools.partial(checkpoint, self.for_all, use_reentrant=False) if lam.requires_grad else self.for_all
         for b in range(len(lam)):
             one_args, one_kwargs = tree_map(lambda leaf, b=b: _of_sample(leaf, b, x, len(lam)), (args, kwargs))
-            outputs.append(run(lam[b], *one_args, **one_kwargs))
+            outputs.append(checkpoint(self.for_all, lam[b], *one_args, use_reentrant=False, **one_kwargs))
         return tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *outputs)
 
     def __getattr__(self, name: str):
@@ -188,11 +189,11 @@ class WEMoE(nn.Module):
 
     `pretrained` is any module whose first input is a tensor (B, ..., D); `finetuned` are T modules of the same
     structure, or their state dicts. `router` maps that input to λ (B, T), or (1, T) for all samples, and takes the
-    keyword `mask` if set_token_mask is used; only the router is trainable.
+    keyword `mask` if set_token_mask is used; if it has a `depth` of 0, λ is constant. Only the router is trainable.
     `layer(part, tau)` is what linear layers become, a MergedLinear unless told otherwise; with MergedLayer the module
     is not taken apart but merged as a whole, sample by sample: for modules that reshape the batch inside (windows,
     beams), whose layers' inputs have not B rows.
-    Attributes: `router`, and `merged`, the module with merged layers in it.
+    Attributes: `router`, and `pretrained`, the module with merged layers (of θ_0 and all τ) in it.
     Raises ValueError if the modules differ in structure or in number from the routing weights, or if a module cannot
     run with weights from outside.
     """
@@ -206,21 +207,21 @@ class WEMoE(nn.Module):
         if len(vectors) == 0 or len(vectors) != self.num_tasks:
             raise ValueError(f"WEMoE got {len(vectors)} fine-tuned modules for a router with {self.num_tasks} outputs.")
         module = copy.deepcopy(pretrained).requires_grad_(False)
-        theta_0 = _live_state(module)
-        # τ (T, *shape) by the tensor of θ_0 itself (dictionaries go by its id), not by its name: tied names share one.
-        tau = {theta_0[name]: torch.stack([vector[name] for vector in vectors]) for name in vectors[0]}
+        theta_0 = _live_state(module)  # the parameters themselves
+        # τ (T, *shape) by the tensor of θ_0 (dictionaries go by its id), not by its name: tied names share one.
+        tau_of = {theta_0[name]: torch.stack([vector[name] for vector in vectors]) for name in vectors[0]}
 
         def merged_layer(part: nn.Module) -> nn.Module | None:
-            if type(part) is nn.Linear and part.weight in tau:
-                return (layer or MergedLinear)(part, tau)
-            if layer is MergedLayer or _merges_whole(part, tau):
-                return MergedLayer(part, tau)
-            return None  # its parts are asked
+            if type(part) is nn.Linear and part.weight in tau_of:
+                return (layer or MergedLinear)(part, tau_of)
+            if layer is MergedLayer or _merges_whole(part, tau_of):
+                return MergedLayer(part, tau_of)
+            return None  # its parts are asked next
 
-        self.merged = _replace(module, merged_layer)
+        self.pretrained = _replace(module, merged_layer)
         self.router = router
         self.training = pretrained.training
-        self.routing = nn.Identity()  # λ passes through it, for routing_weights to see
+        self.routing = nn.Identity()  # λ (B, T) passes through it, for hooks to see it, or to give another
         self.mask: Tensor | None = None  # (B, N), see set_token_mask
 
     def route(self, h: Tensor) -> Tensor:
@@ -234,20 +235,21 @@ class WEMoE(nn.Module):
             raise ValueError(f"The routing weights are {tuple(lam.shape)} for an input {tuple(h.shape)}.")
         shared = len(lam) == 1 or getattr(self.router, "depth", None) == 0
         lam = self.routing(lam.expand(len(h), -1))
-        lam = lam[:1] if shared else lam
-        return lam if torch.is_grad_enabled() else lam.detach()  # layers ask whether it requires a gradient
+        lam = lam if torch.is_grad_enabled() else lam.detach()  # a router may return its own parameter
+        return lam[:1] if shared else lam
 
     def forward(self, *args, **kwargs):
         lam = self.route(_first_tensor(args, kwargs))
-        return _run_with(lam, self.merged, args, kwargs)  # a copy of the module, whose layers have this λ as `lam`
+        # In a copy of the module, with `lam` in its layers: a checkpoint may run it again after others have run.
+        return _run_with(lam, self.pretrained, args, kwargs)
 
     def __getattr__(self, name: str):
-        return _reach_inside(self, "merged", name)
+        return _reach_inside(self, "pretrained", name)
 
 
 # ---- Upscaling -------------------------------------------------------------------------------------------------------
 
-# What open_clip, timm, torchvision and most of Hugging Face call the MLP of a Transformer block.
+# What open_clip, timm, torchvision and much of Hugging Face call the MLP of a Transformer block.
 _MLP = r"(^|\.)(mlp|DenseReluDense)$"
 
 
@@ -276,7 +278,7 @@ def upscale(
     merged = task_arithmetic(pretrained, (task_vector(pretrained, model) for model in models), init_lambda)
     upscaled = copy.deepcopy(pretrained).requires_grad_(False)
     upscaled.load_state_dict(merged)  # all of it; what is routed is replaced below
-    routed: dict[nn.Module, WEMoE] = {}  # a module that the model holds under two names stays one module
+    routed: dict[nn.Module, WEMoE] = {}  # what is replaced -> by what; two names of one module stay one module
     for name in _selected(pretrained, modules):
         module, replaced = pretrained.get_submodule(name), upscaled.get_submodule(name)
         if replaced not in routed:
@@ -286,7 +288,7 @@ def upscale(
             router.to(weight.device, _at_least_float32(weight)).train(module.training)
             routed[replaced] = WEMoE(module, [_part(model, name) for model in models], router, layer=layer)
     upscaled = _replace(upscaled, routed.get)
-    _prepare_for_text(upscaled)
+    _prepare_for_text(upscaled)  # if it takes an attention_mask, or generates
     return upscaled
 
 
@@ -305,17 +307,12 @@ def mean_entropy(logits: Tensor) -> Tensor:
 
 
 def negative_information(logits: Tensor) -> Tensor:
-    """Minus the mutual information of input and prediction, (B, C) -> nats: the mean entropy less the mean's entropy.
+    """Minus the mutual information of input and prediction, (B, C) -> nats: mean_b H(p_b) - H(mean_b p_b).
 
     For mean entropy alone, one confident answer to everything is as good as any; this asks for diverse answers, too
     (Bridle et al., NeurIPS 1991; Liang et al., arXiv 2002.08546), and wants batches in which most classes appear.
     """
-    return mean_entropy(logits) - entropy(_log_softmax(logits).logsumexp(0))  # logits of the mean prediction
-
-
-def _log_softmax(logits: Tensor) -> Tensor:
-    log_p = F.log_softmax(logits, dim=-1, dtype=_at_least_float32(logits))
-    return log_p.clamp_min(torch.finfo(log_p.dtype).min)  # 0 log 0 = 0, too, for a logit of -inf
+    return mean_entropy(logits) - entropy(_log_softmax(logits).logsumexp(0))  # logits of mean_b p_b
 
 
 def adapt(
@@ -341,7 +338,7 @@ def adapt(
         loaders: task -> iterable of unlabelled batches, started again when exhausted: the model's input, or its
             arguments by name, as a text's `input_ids` and `attention_mask`.
         heads: task -> callable from the model's output to logits (B, C), best frozen: they are not trained.
-        steps, lr: number of steps and first learning rate (the paper's are 1000 and 1e-4, at 16 images of every task).
+        steps, lr: number of steps in all, and first learning rate (the paper's are 1000 and 1e-4, at 16 images a task).
         objective: what is minimised, a function of one task's logits (B, C).
         optimizer, start: to resume: the optimizer, whose groups have learning rates of their own (`lr` is not used),
             and the number of steps done. The `loaders` are to yield what comes next.
@@ -373,8 +370,9 @@ def adapt(
                     _check_logits(task, logits)
                     objective(logits).backward()
                 entropies.append(mean_entropy(logits.detach()))
-            norm = torch.stack([p.grad.norm() for p in trainable if p.grad is not None]).norm()
-            *entropies, norm = torch.stack([*entropies, norm]).tolist()  # one wait for the GPU
+            norm = nn.utils.clip_grad_norm_(trainable, math.inf)  # clips nothing
+            values = [value.to(norm.device) for value in (*entropies, norm)]
+            *entropies, norm = torch.stack(values).tolist()  # one wait for a GPU
             by_task = dict(zip(loaders, entropies))
             found = {f"entropy of task {task!r}": value for task, value in by_task.items()} | {"gradient": norm}
             for what, value in found.items():
@@ -418,7 +416,7 @@ def unload(model: nn.Module) -> nn.Module:
             what = f"a {type(module.router).__name__} that looks at its input"
             raise ValueError(f"Only routers of depth 0 can be unloaded, not {what}.")
         lam = module.router(torch.empty(1, 0)).detach()[0]  # (T,), whatever the input
-        return _replace(module.merged, functools.partial(_unmerged, lam=lam))
+        return _replace(module.pretrained, functools.partial(_unmerged, lam=lam))
 
     return _replace(copy.deepcopy(model), unloaded)
 
@@ -501,7 +499,8 @@ def _shallow_copy(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.M
 
 
 def _with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """The same module, its tensors replaced by these; not overwritten, as another module may hold the same tensor."""
+    """A copy of the module, in which tensors are replaced by these."""
+    module = _shallow_copy(module, {})
     for name, p in weights.items():
         path, _, entry = name.rpartition(".")
         part = module.get_submodule(path)
@@ -514,7 +513,7 @@ def _with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module
 
 
 def _replace(module: nn.Module, change: Callable, done: dict | None = None) -> nn.Module:
-    """The module, in place, with the outermost parts for which `change` gives another module replaced by that."""
+    """The module with each part, in place, replaced by what `change` makes of it; if None, by parts of it replaced."""
     done = {} if done is None else done  # a part that is held under two names stays one part
     if module not in done:
         done[module] = change(module)
@@ -530,15 +529,19 @@ def _unmerged(merged: nn.Module, lam: Tensor) -> nn.Module | None:
     if not isinstance(merged, MergedLayer):
         return None
     weights, parameters = merged.weights(lam), dict(merged.layer.named_parameters(remove_duplicate=False))
-    weights.update({n: nn.Parameter(p, requires_grad=False) for n, p in weights.items() if n in parameters})
-    _swap_hooks(merged, merged.layer, merged.moved_hooks)
+    for names in merged.names:
+        if names[0] in parameters:
+            weights.update(dict.fromkeys(names, nn.Parameter(weights[names[0]], requires_grad=False)))
+    _swap_hooks(merged)
     return _with_weights(merged.layer, weights)
 
 
-def _swap_hooks(one: nn.Module, other: nn.Module, kinds: str) -> None:
-    """Give each the other's hooks of these kinds, by what torch calls their dictionaries."""
-    for name in [name for name in vars(one) if "hook" in name and re.search(kinds, name)]:
-        vars(one)[name], vars(other)[name] = vars(other)[name], vars(one)[name]
+def _swap_hooks(merged: MergedLayer) -> None:
+    """Exchange the hooks of a merged layer and of the layer in it, but for those that may compute its weights."""
+    kinds = "forward|backward" if isinstance(merged, MergedLinear) else "forward_hook|backward"
+    one, other = vars(merged), vars(merged.layer)
+    for name in [name for name in one if "hook" in name and re.search(kinds, name)]:  # torch's dictionaries
+        one[name], other[name] = other[name], one[name]
 
 
 @contextmanager
@@ -562,8 +565,6 @@ def _seeing(model: nn.Module, see: Callable[[str, Tensor], Tensor | None]) -> It
 
 class MergedLinear(MergedLayer, nn.Linear):
     """A linear layer with weights of its own for each sample; to libraries, an nn.Linear. See MergedLayer."""
-
-    moved_hooks = "forward|backward"
 
     def tau_rows(self, rows: slice) -> Tensor:
         """τ in these rows of the matrix: (T, rows, D_in)."""
@@ -708,6 +709,11 @@ def _part(model: Model, name: str) -> Model:
 
 def _at_least_float32(p: Tensor) -> torch.dtype:
     return torch.promote_types(p.dtype, torch.float32)
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    log_p = F.log_softmax(logits, dim=-1, dtype=_at_least_float32(logits))
+    return log_p.clamp_min(torch.finfo(log_p.dtype).min)  # 0 log 0 = 0, too, for a logit of -inf
 
 
 def _is_weight(p: object) -> bool:

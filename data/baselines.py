@@ -256,19 +256,19 @@ class AdaMerging(MergedLayer):
         theta_0 = {name: p for name, p in model.state_dict(keep_vars=True).items() if name in fitting}
         super().__init__(model, {p: torch.stack([v[n].detach().to(p) for v in vectors]) for n, p in theta_0.items()})
         self.clamp = clamp
-        index = {attrgetter(path)(model): i for path, i in self.index_of.items()}  # a tied tensor has one λ
-        self.names = {name: index[p] for name, p in theta_0.items()}
+        index = {attrgetter(names[0])(model): i for i, names in enumerate(self.names)}
+        self.entries = {name: index[p] for name, p in theta_0.items()}  # of the state dict; a tied tensor has one λ
         shape = len(index) if layer_wise else 1, len(vectors)
         self.lam = nn.Parameter(torch.full(shape, float(init_lambda), device=next(iter(index)).device))
 
-    def update(self, lam: Tensor, i: int) -> Tensor:
+    def delta(self, lam: Tensor, i: int) -> Tensor:
         lam = lam[i if len(lam) > 1 else 0]
-        return super().update(lam.clamp(0, 1) if self.clamp else lam, i)
+        return super().delta(lam.clamp(0, 1) if self.clamp else lam, i)
 
     def merged(self) -> State:
         theta_0 = self.layer.state_dict()
         with torch.autocast(self.lam.device.type, enabled=False):
-            return {name: theta_0[name] + self.update(self.lam, i) for name, i in self.names.items()}
+            return {name: theta_0[name] + self.delta(self.lam, i) for name, i in self.entries.items()}
 
     def forward(self, *args, **kwargs):
         return self.for_all(self.lam, *args, **kwargs)
@@ -284,10 +284,10 @@ class ConcreteMask(AdaMerging):
     def __init__(self, pretrained: nn.Module, task_vectors: Vectors, scaling: float = 0.3):
         super().__init__(pretrained, task_vectors, layer_wise=False, init_lambda=scaling)
         self.lam.requires_grad_(False)
-        self.x = nn.ParameterList(torch.zeros_like(self.tau(i)[0]) for i in range(len(set(self.names.values()))))
+        self.x = nn.ParameterList(torch.zeros_like(self.tau(i)[0]) for i in range(len(set(self.entries.values()))))
 
-    def update(self, lam: Tensor, i: int) -> Tensor:
-        return self.mask(i) * super().update(lam, i)
+    def delta(self, lam: Tensor, i: int) -> Tensor:
+        return self.mask(i) * super().delta(lam, i)
 
     def mask(self, i: int) -> Tensor:
         x = self.x[i]
@@ -297,7 +297,7 @@ class ConcreteMask(AdaMerging):
         return mask / mask.mean()
 
     def masks(self) -> State:
-        return {name: self.mask(i) for name, i in self.names.items()}
+        return {name: self.mask(i) for name, i in self.entries.items()}
 
 
 class AdaRank(AdaMerging):
@@ -310,14 +310,14 @@ class AdaRank(AdaMerging):
     def __init__(self, pretrained: nn.Module, task_vectors: Vectors, init_lambda: float = 0.3):
         super().__init__(pretrained, task_vectors, init_lambda=init_lambda)
         self.x, self.factors = nn.ParameterDict(), nn.ParameterDict()
-        for i in set(self.names.values()):
+        for i in set(self.entries.values()):
             if self.tau(i).dim() == 3:
                 u, s, v = _svd(self._parameters.pop(f"tau_{i}").detach())
                 self.x[str(i)] = torch.full_like(s, 0.1)  # (T, r): all kept at first
                 self.factors[f"us_{i}"] = nn.Parameter((u * s[:, None]).movedim(1, 0).contiguous(), requires_grad=False)
                 self.factors[f"v_{i}"] = nn.Parameter(v.contiguous(), requires_grad=False)
 
-    def update(self, lam: Tensor, i: int) -> Tensor:
+    def delta(self, lam: Tensor, i: int) -> Tensor:
         if str(i) not in self.x:
             return torch.tensordot(lam[i].to(self.tau(i)), self.tau(i), dims=1)
         us, v = self.factors[f"us_{i}"], self.factors[f"v_{i}"]  # (D_out, T, r), (T, r, D_in)

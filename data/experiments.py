@@ -148,7 +148,7 @@ def comparable(suite: Suite, rows: list[dict], entries: dict[str, list[dict]]) -
 
 
 def of_the_paper(suite: Suite) -> bool:
-    return set(suite.tasks) <= set(PAPER_TASKS)
+    return suite.name != "miniature" and set(suite.tasks) <= set(PAPER_TASKS)
 
 
 def published_claims(measured: Measured) -> list[dict]:

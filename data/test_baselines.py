@@ -541,7 +541,7 @@ test_on_a_gpu = test_wemoe.test_gpu_gives_what_the_cpu_gives
 
 
 def linear_parts(module: nn.Module) -> dict[str, nn.Module]:
-    return {n: part for n, part in module.merged.named_modules() if isinstance(part, wemoe.MergedLinear)}
+    return {n: part for n, part in module.pretrained.named_modules() if isinstance(part, wemoe.MergedLinear)}
 
 
 def trained_to_what_is_stored(module: WEMoE, pretrained: nn.Module, finetuned: list[nn.Module]) -> list[nn.Module]:
@@ -632,7 +632,7 @@ def test_sparse_and_low_rank_forms_really_take_less_memory(tasks):
 
 def test_one_row_serves_all_samples():
     module = WEMoE(*family("linear", 4, 2, 0), randomised(Router(4, 2)), layer=LAYERS["low rank"])
-    part, x, lam = module.merged, torch.randn(1, 3, 4), torch.randn(6, 2)
+    part, x, lam = module.pretrained, torch.randn(1, 3, 4), torch.randn(6, 2)
     close(part.for_each(lam, x), torch.cat([part.for_each(row[None], x) for row in lam]))
 
 
@@ -752,7 +752,7 @@ def test_twin_merging_takes_what_is_an_inputs_own_and_at_full_rank_that_is_its_e
         elif rank == 99:
             close(routed, torch.cat([finetuned[t](inputs[t]) for t in inputs]), atol=1e-4)
         else:  # of the attention, too, only matrices of rank 1
-            (tau, *_) = model.model.blocks[0]["attn"].merged.tau_0
+            (tau, *_) = model.model.blocks[0]["attn"].pretrained.tau_0
             assert torch.linalg.matrix_rank(tau, rtol=1e-4) == 1
     assert trained(model).keys() == {"classifier.weight", "classifier.bias"}
     same(copy.deepcopy(model)(x), y)
@@ -907,7 +907,7 @@ def test_adarank_starts_as_task_arithmetic_and_leaves_out_what_its_mask_does():
     model = ada_rank(models)
     close(model.merged(), task_arithmetic(models[0], vectors_of(models), 0.3))
     masked = vectors_of(models)
-    for name, i in model.names.items():
+    for name, i in model.entries.items():
         if str(i) in model.x:
             model.x[str(i)].data[:, 1:] = -1e-3  # but the first
             for tau in masked:

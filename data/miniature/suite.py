@@ -8,10 +8,10 @@ from torch import Tensor
 
 from data.miniature.corruptions import corrupt
 from data.miniature.tasks import TASKS, load_pretrained, normalise, render, zero_shot_head
-from data.paper.hub import TASKS as PAPER_TASKS
+from data.paper.published import PUBLISHED_TASKS
 from data.suite import Adaptation, Suite, Training, make_experts
 
-COUNTERPARTS = dict(zip(PAPER_TASKS, TASKS))  # of the paper's tasks
+COUNTERPARTS = dict(zip(PUBLISHED_TASKS, TASKS))  # of the paper's tasks
 TEST_IMAGES = 400  # of each task
 SEVERITY = 3  # of corruptions: at 5, task arithmetic has 30 % left of 94 %
 TRAINING = Training(images=1500, steps=100, lr=5e-4)
