@@ -7,11 +7,19 @@ import torch
 from torch import Tensor
 
 from data.miniature.corruptions import corrupt
-from data.miniature.tasks import TASKS, load_pretrained, normalise, render, zero_shot_head
-from data.paper.published import PUBLISHED_TASKS
+from data.miniature.tasks import load_pretrained, normalise, render, zero_shot_head
 from data.suite import Adaptation, Suite, Training, make_experts
 
-COUNTERPARTS = dict(zip(PUBLISHED_TASKS, TASKS))  # of the paper's tasks
+COUNTERPARTS = {  # of the paper's tasks
+    "SUN397": "Scenes",
+    "Cars": "Cars",
+    "RESISC45": "Aerial",
+    "EuroSAT": "LandUse",
+    "SVHN": "HouseNumbers",
+    "GTSRB": "Signs",
+    "MNIST": "Digits",
+    "DTD": "Textures",
+}
 TEST_IMAGES = 400  # of each task
 SEVERITY = 3  # of corruptions: at 5, task arithmetic has 30 % left of 94 %
 TRAINING = Training(images=1500, steps=100, lr=5e-4)
