@@ -17,7 +17,8 @@ Copy this file: it needs only torch, 2.4 or later, and Python 3.10. When *not* t
 known, load that task's own model; if the models were not fine-tuned from one checkpoint, a sum of their weights means
 nothing.
 Shapes: B samples, T tasks, N tokens, D hidden size, `...` any token or spatial axes. Equations are the paper's.
-Names that begin with an underscore are in the second half of the file, which can be left unread, as is MergedLinear.
+MergedLinear, check_mergeable, set_token_mask and what begins with an underscore are in the second half of the file,
+which can be left unread.
 """
 
 import copy
@@ -81,9 +82,9 @@ def task_arithmetic(pretrained: Model, task_vectors: Models, scaling: float | li
 
 
 class Router(nn.Module):
-    """r(h): (B, ..., D) -> (B, T), the routing weights λ: the mean over a sample's tokens (Section 3.2) of
+    """The routing weights λ of each sample: (B, ..., D) -> (B, T), the mean over its tokens h of r(h) (Section 3.2).
 
-    depth 2: W2 relu(W1 h + b1) + b2 with W1 of shape (D, D) (Eq. 3);  depth 1: W h + b (Eq. 8);  depth 0: b (Eq. 4).
+    By depth, r is 2: W2 relu(W1 h + b1) + b2 with W1 of shape (D, D) (Eq. 3);  1: W h + b (Eq. 8);  0: b (Eq. 4).
     The output is linear, neither a softmax nor clipped. Weights start as normal(0, 0.01) and the output bias as
     `init_lambda`: routing starts near task arithmetic. `parameters()` yields W1, b1, W2, b2 (or W, b; or b).
     With a `mask` (B, N), the mean is that of the tokens where it is not zero.
@@ -114,7 +115,7 @@ class Router(nn.Module):
         tokens = h[:, None] if h.dim() == 2 else h.flatten(1, -2)  # (B, N, D)
         hidden = self.layers[:-1](tokens.to(self.layers[-1].weight.dtype))  # of depth 1: the tokens
         mean = hidden.mean(1) if mask is None else _masked_mean(hidden, mask)
-        return self.layers[-1](mean)  # the mean first: the last layer is linear
+        return self.layers[-1](mean)  # the mean first, for speed: with W h + b it makes no difference
 
 
 # ---- The merged layer and the routed module --------------------------------------------------------------------------
@@ -154,7 +155,7 @@ class MergedLayer(nn.Module):
         weights = {}
         with torch.autocast(lam.device.type, enabled=False):  # weights are merged in their own precision
             for i, names in enumerate(self.names):
-                for name in names:
+                for name in names:  # of a tied tensor again: use_reentrant=True frees the graph behind each
                     theta_0 = operator.attrgetter(name)(self.layer)
                     weights[name] = theta_0 + self.delta(lam, i).to(theta_0)
         return weights
@@ -216,12 +217,12 @@ class WEMoE(nn.Module):
                 return (layer or MergedLinear)(part, tau_of)
             if layer is MergedLayer or _merges_whole(part, tau_of):
                 return MergedLayer(part, tau_of)
-            return None  # its parts are asked next
+            return None  # _replace asks its parts next
 
         self.pretrained = _replace(module, merged_layer)
         self.router = router
         self.training = pretrained.training
-        self.routing = nn.Identity()  # λ (B, T) passes through it, for hooks to see it, or to give another
+        self.routing = nn.Identity()  # λ (B, T) passes through it, where hooks see it, or give another
         self.mask: Tensor | None = None  # (B, N), see set_token_mask
 
     def route(self, h: Tensor) -> Tensor:
@@ -234,9 +235,10 @@ class WEMoE(nn.Module):
         if lam.shape not in ((len(h), self.num_tasks), (1, self.num_tasks)):
             raise ValueError(f"The routing weights are {tuple(lam.shape)} for an input {tuple(h.shape)}.")
         shared = len(lam) == 1 or getattr(self.router, "depth", None) == 0
-        lam = self.routing(lam.expand(len(h), -1))
-        lam = lam if torch.is_grad_enabled() else lam.detach()  # a router may return its own parameter
-        return lam[:1] if shared else lam
+        found = lam.expand(len(h), -1)
+        lam = self.routing(found)
+        lam = lam[:1] if shared and lam is found else lam
+        return lam if torch.is_grad_enabled() else lam.detach()  # layers ask whether it requires a gradient
 
     def forward(self, *args, **kwargs):
         lam = self.route(_first_tensor(args, kwargs))
@@ -248,9 +250,6 @@ class WEMoE(nn.Module):
 
 
 # ---- Upscaling -------------------------------------------------------------------------------------------------------
-
-# What open_clip, timm, torchvision and much of Hugging Face call the MLP of a Transformer block.
-_MLP = r"(^|\.)(mlp|DenseReluDense)$"
 
 
 def upscale(
@@ -266,10 +265,11 @@ def upscale(
 
     `finetuned` holds the T models or their state dicts, in a list or by task; neither they nor `pretrained` are
     modified. `init_lambda` is λ of task arithmetic, and where routing weights start; `router_depth` is that of Router.
-    `modules` says which to route: None, the MLPs by the names that open_clip, timm, torchvision and Hugging Face give
-    them; a regular expression to be found in a module's name; or a predicate (name, module) -> bool. Of modules within
-    one another, the outermost is routed. `layer` is that of WEMoE. In the result, only routers require gradients. A
-    text model's `attention_mask` reaches its routers, and its `generate` keeps the routing weights of the prompt.
+    `modules` says which to route: None, the MLPs by the names that open_clip, timm, torchvision and many models of
+    Hugging Face give them; a regular expression to be found in a module's name; or a predicate (name, module) -> bool.
+    Of modules within one another, the outermost is routed. `layer` is that of WEMoE. In the result, only routers
+    require gradients. A text model's `attention_mask` reaches its routers, and its `generate` keeps the routing weights
+    of the prompt.
     Raises ValueError if no module is selected, or if the models differ in structure or cannot be upscaled.
     """
     models = list(_members(finetuned))
@@ -297,7 +297,7 @@ def upscale(
 
 def entropy(logits: Tensor) -> Tensor:
     """Shannon entropy of softmax(logits) (Eq. 5), (..., C) -> (...), in nats; exact where the softmax is 0 or 1."""
-    log_p = _log_softmax(logits)
+    log_p = _log_softmax(logits)  # finite, in float32 or better
     return -(log_p.exp() * log_p).sum(-1)
 
 
@@ -312,7 +312,7 @@ def negative_information(logits: Tensor) -> Tensor:
     For mean entropy alone, one confident answer to everything is as good as any; this asks for diverse answers, too
     (Bridle et al., NeurIPS 1991; Liang et al., arXiv 2002.08546), and wants batches in which most classes appear.
     """
-    return mean_entropy(logits) - entropy(_log_softmax(logits).logsumexp(0))  # logits of mean_b p_b
+    return mean_entropy(logits) - entropy(_log_softmax(logits).logsumexp(0))  # log Σ_b p_b, logits of mean_b p_b
 
 
 def adapt(
@@ -346,7 +346,7 @@ def adapt(
 
     Returns the mean entropy over all tasks, in nats, at each step before its update.
     Raises ValueError for what cannot be trained, run or continued; FloatingPointError, naming task and step and leaving
-    the model as it was before that step, if an entropy or the gradient is not finite.
+    what is trained as it was before that step, if an entropy or the gradient is not finite.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     held = [p for group in optimizer.param_groups for p in group["params"]] if optimizer else trainable
@@ -370,11 +370,10 @@ def adapt(
                     _check_logits(task, logits)
                     objective(logits).backward()
                 entropies.append(mean_entropy(logits.detach()))
-            norm = nn.utils.clip_grad_norm_(trainable, math.inf)  # clips nothing
-            values = [value.to(norm.device) for value in (*entropies, norm)]
-            *entropies, norm = torch.stack(values).tolist()  # one wait for a GPU
-            by_task = dict(zip(loaders, entropies))
-            found = {f"entropy of task {task!r}": value for task, value in by_task.items()} | {"gradient": norm}
+            norm = nn.utils.clip_grad_norm_(trainable, math.inf)  # to get it: nothing is clipped
+            values = torch.stack([value.to(norm) for value in (*entropies, norm)]).tolist()  # one wait for a GPU
+            by_task = dict(zip(loaders, values))
+            found = {f"entropy of task {task!r}": by_task[task] for task in loaders} | {"gradient": values[-1]}
             for what, value in found.items():
                 if not math.isfinite(value):
                     optimizer.zero_grad()
@@ -422,7 +421,7 @@ def unload(model: nn.Module) -> nn.Module:
 
 
 # ======================================================================================================================
-# The method ends here. What follows it stands on, and can be left unread: copies for one forward pass, a linear layer
+# The method ends here. It stands on the rest, which can be left unread: copies for one forward pass, a linear layer
 # that is fast, padding and generation of text, and what is refused, with one sentence for each.
 
 # ---- One forward pass: where λ is, and merged weights ----------------------------------------------------------------
@@ -811,6 +810,10 @@ def _of_sample(leaf: object, b: int, x: Tensor, batch: int) -> object:
         what = f"An argument of shape {tuple(leaf.shape)} may belong to the samples or to another axis of the input"
         raise ValueError(f"{what} {tuple(x.shape)}: use another batch size.")
     return leaf[b : b + 1]
+
+
+# What open_clip, timm, torchvision and much of Hugging Face call the MLP of a Transformer block.
+_MLP = r"(^|\.)(mlp|DenseReluDense)$"
 
 
 def _selected(model: nn.Module, modules: str | Callable[[str, nn.Module], bool] | None) -> list[str]:

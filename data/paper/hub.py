@@ -1,7 +1,8 @@
 """The paper's suite: tasks and architectures, the repositories that hold them, what a run needs on disk, the weights.
 
 Everything comes from the model hub, or (`hub`) from a mirror of it on disk in which every repository is a folder of its
-own name, as `hf download REPO --local-dir DIR/REPO` makes it. Whatever cannot be used is refused with an InputError.
+own name, as `hf download REPO --repo-type … --local-dir DIR/REPO` makes it. What cannot be used is refused with an
+InputError.
 """
 
 import json
@@ -156,7 +157,8 @@ def repository(name: str, kind: str, hub: Path | None) -> Repository:
                 raise InputError(message) from error
     sizes = files_in(folder)
     if not sizes:
-        raise InputError(f"the mirror has no files in {folder}; `hf download {name} --local-dir {folder}` gets them")
+        command = f"hf download {name} --repo-type {kind} --local-dir {folder}"
+        raise InputError(f"the mirror has no files in {folder}; `{command}` gets them")
     return Repository(name, kind, folder, sizes)
 
 
