@@ -155,8 +155,9 @@ def random_towers(arch: str, tasks: int, device: str, **options) -> tuple[nn.Mod
         theta = dense.get_submodule(name)
         tau = [wemoe.task_vector(theta, model.get_submodule(name)) for model in finetuned]
         tau = [{entry: value.to(device) for entry, value in vector.items()} for vector in tau]
-        parent, _, child = name.rpartition(".")
-        setattr(loop.get_submodule(parent), child, PerSampleLoop(copy.deepcopy(theta), tau, module.router))
+        for model in finetuned:
+            model.set_submodule(name, nn.Identity())  # its memory is needed
+        loop.set_submodule(name, PerSampleLoop(copy.deepcopy(theta), tau, module.router))
     for name, p in dense.named_parameters():  # what a step is compared with: one weight's gradient in each MLP
         p.requires_grad_(name.endswith("mlp.c_fc.weight"))
     return dense.to(device), ours.to(device), loop.to(device)
