@@ -17,8 +17,8 @@ Copy this file: it needs only torch, 2.4 or later, and Python 3.10. When *not* t
 known, load that task's own model; if the models were not fine-tuned from one checkpoint, a sum of their weights means
 nothing.
 Shapes: B samples, T tasks, N tokens, D hidden size, `...` any token or spatial axes. Equations are the paper's.
-MergedLinear, check_mergeable, set_token_mask and what begins with an underscore are in the second half of the file,
-which can be left unread.
+MergedLinear, frozen_routing, set_token_mask, check_mergeable and what begins with an underscore are in the second half
+of the file, which can be left unread.
 """
 
 import copy
@@ -682,8 +682,9 @@ def _generate(model: nn.Module, *args, **kwargs):
 
 # ---- What is asked of models, modules and arguments, and what is refused ---------------------------------------------
 
-# Two models that do not fit: _weights. A module that cannot be merged: check_mergeable. A choice of modules: _selected.
-# Arguments that cannot be split among samples: _of_sample. An adaptation that cannot start: _check_adapt.
+# Two models that do not fit: _matching_weights. A module that cannot be merged: check_mergeable. A choice of modules:
+# _selected. Arguments that cannot be split among samples: _of_sample. A pass that cannot run: _check_pass, above. An
+# adaptation that cannot start: _check_adapt.
 
 
 def _members(models: Models) -> Iterable[Model]:
