@@ -1081,6 +1081,14 @@ def test_routing_weights_are_recorded_by_module_while_asked_for():
     close(model(Y), y)
 
 
+@pytest.mark.parametrize("depth", [0, 2])
+def test_a_hook_may_give_each_sample_another_routing_weight(depth):
+    pretrained, finetuned = family("plain", 4, 2)
+    module = WEMoE(pretrained, finetuned, Router(4, 2, depth))
+    module.routing.register_forward_hook(lambda *_: LAM)
+    close(module(X), literal(pretrained, finetuned, LAM, X), 1e-4)
+
+
 @given(kinds, task_numbers, seeds)
 def test_constant_routers_are_merged_for_good(kind, tasks, seed):
     pretrained, finetuned = family(kind, 4, tasks, seed)

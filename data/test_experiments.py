@@ -527,6 +527,27 @@ def test_claims_are_about_means_over_seeds():
     assert all(claim["holds"] for claim in experiments.paper_claims(entries))
 
 
+def test_the_miniature_is_not_the_papers_suite_though_both_have_cars():
+    assert experiments.of_the_paper(suite_like("ViT-B-32", ["Cars"], None))
+    assert not experiments.of_the_paper(suite_like("miniature", ["Cars"], None))
+
+
+@pytest.mark.parametrize(
+    "number, name", {"Figure 3": "vectors", "fig11": "routing", "Table 2": "main", "Appendix B.3": "unload"}.items()
+)
+def test_experiments_go_by_the_papers_numbers_as_it_prints_them(number, name, tmp_path):
+    assert reproduce.parse_arguments(["--experiment", number, "--output", str(tmp_path)]).experiment == name
+
+
+def test_a_data_set_that_is_added_leaves_the_published_ones_as_they_are(tmp_path, monkeypatch):
+    known = [*published.PUBLISHED_TASKS, "Flowers"]
+    monkeypatch.setitem(reproduce.SUITES, "ViT-B-32", (None, known))
+    arguments = ["ViT-B-32", "--output", str(tmp_path)]
+    parsed = reproduce.parse_arguments(arguments)
+    assert parsed.tasks == published.PUBLISHED_TASKS and parsed.whole
+    assert reproduce.parse_arguments([*arguments, "--tasks", *known]).tasks == known
+
+
 LEAST = {"steps": 1, "seed": 0, "seeds": 1, "workers": 1, "limit": 1}
 
 
