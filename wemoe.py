@@ -1,7 +1,7 @@
 """WEMoE: one multi-task model out of many fine-tuned ones, its MLP weights put together anew for every input.
 
-A model fine-tuned on task t is the pre-trained model plus a *task vector*, τ_t = θ_t - θ_0. Every merging method is
-a choice of the coefficients λ in
+A model fine-tuned on task t is the pre-trained model plus a *task vector*, τ_t = θ_t - θ_0. A merging method chooses
+the coefficients λ in
 
     θ(x) = θ_0 + Σ_t λ_t(x) τ_t.
 
@@ -47,7 +47,7 @@ Models = Iterable[Model] | Mapping[str, Model]  # in a list, or by task
 def task_vector(pretrained: Model, finetuned: Model) -> dict[str, Tensor]:
     """τ = θ_t - θ_0 by name, in the dtype and on the device of θ_0 (Definition 2.1, Eq. 1).
 
-    τ has an entry for each parameter and buffer in float16 to float64; integers (counters, say) are skipped.
+    τ has an entry for each floating-point parameter and buffer of 16 to 64 bits; integers (counters, say) are skipped.
     Raises ValueError, naming the entry, if the models differ in structure or cannot be subtracted.
     """
     theta_0, theta_t = _matching_weights(pretrained, finetuned, "the fine-tuned model")  # detached, of the same names
@@ -84,7 +84,7 @@ def task_arithmetic(pretrained: Model, task_vectors: Models, scaling: float | li
 class Router(nn.Module):
     """The routing weights λ of each sample: (B, ..., D) -> (B, T), the mean over its tokens h of r(h) (Section 3.2).
 
-    By depth, r is 2: W2 relu(W1 h + b1) + b2 with W1 of shape (D, D) (Eq. 3);  1: W h + b (Eq. 8);  0: b (Eq. 4).
+    r(h) is W2 relu(W1 h + b1) + b2 at depth 2 (Eq. 3; W1 is (D, D)), W h + b at depth 1 (Eq. 8), b at depth 0 (Eq. 4).
     The output is linear, neither a softmax nor clipped. Weights start as normal(0, 0.01) and the output bias as
     `init_lambda`: routing starts near task arithmetic. `parameters()` yields W1, b1, W2, b2 (or W, b; or b).
     With a `mask` (B, N), the mean is that of the tokens where it is not zero.
@@ -125,8 +125,8 @@ class MergedLayer(nn.Module):
     """Any layer, with weights of its own for each sample: merge θ_0 + Σ_t λ_bt τ_t, run sample b, then the next one.
 
     `tau_of` gives τ (T, *shape) for the tensors of the layer. λ (B, T) comes from the WEMoE module around: for each
-    forward pass it makes a copy of its layers, and sets `lam` in them. With B sets of weights, none is kept for the
-    backward pass, they are merged again. For linear layers, MergedLinear does the same faster, in its own `for_each`.
+    forward pass it makes a copy of its layers, and sets `lam` in them. Weights merged for single samples are not kept
+    for the backward pass but merged again. For linear layers, MergedLinear does it faster, in its own `for_each`.
     """
 
     def __init__(self, layer: nn.Module, tau_of: Mapping[Tensor, Tensor]):
@@ -155,13 +155,13 @@ class MergedLayer(nn.Module):
         weights = {}
         with torch.autocast(lam.device.type, enabled=False):  # weights are merged in their own precision
             for i, names in enumerate(self.names):
-                for name in names:  # of a tied tensor again: use_reentrant=True frees the graph behind each
+                for name in names:  # each anew, if tied: a reentrant checkpoint frees the graph behind a weight
                     theta_0 = operator.attrgetter(name)(self.layer)
                     weights[name] = theta_0 + self.delta(lam, i).to(theta_0)
         return weights
 
     def forward(self, *args, **kwargs):
-        _check_pass(self, _first_tensor(args, kwargs))
+        _begin_pass(self, _first_tensor(args, kwargs))
         if len(self.lam) == 1:
             return self.for_all(self.lam[0], *args, **kwargs)
         return self.for_each(self.lam, *args, **kwargs)
@@ -191,9 +191,9 @@ class WEMoE(nn.Module):
     `pretrained` is any module whose first input is a tensor (B, ..., D); `finetuned` are T modules of the same
     structure, or their state dicts. `router` maps that input to λ (B, T), or (1, T) for all samples, and takes the
     keyword `mask` if set_token_mask is used; if it has a `depth` of 0, λ is constant. Only the router is trainable.
-    `layer(part, tau)` is what linear layers become, a MergedLinear unless told otherwise; with MergedLayer the module
-    is not taken apart but merged as a whole, sample by sample: for modules that reshape the batch inside (windows,
-    beams), whose layers' inputs have not B rows.
+    `layer(part, tau_of)` is what linear layers become, a MergedLinear unless told otherwise; with MergedLayer itself
+    the module is not taken apart but merged as a whole, sample by sample: for modules that reshape the batch inside
+    (windows, beams), whose layers' inputs have not B rows.
     Attributes: `router`, and `pretrained`, the module with merged layers (of θ_0 and all τ) in it.
     Raises ValueError if the modules differ in structure or in number from the routing weights, or if a module cannot
     run with weights from outside.
@@ -450,8 +450,8 @@ def _run_with(lam: Tensor, module: nn.Module, args: tuple, kwargs: dict):
     return output
 
 
-def _check_pass(layer: MergedLayer, x: Tensor) -> None:
-    """Raise an error if the layer cannot run with its λ on x (B, ...); and make it ready."""
+def _begin_pass(layer: MergedLayer, x: Tensor) -> None:
+    """Make a layer, in its copy for this pass, ready for x (B, ...). Raises an error if it cannot run with its λ."""
     if layer.lam is None:
         raise RuntimeError("A merged layer runs in the WEMoE module that it is a part of, not by itself.")
     if layer.lam.requires_grad and not torch.is_grad_enabled():
@@ -464,7 +464,7 @@ def _check_pass(layer: MergedLayer, x: Tensor) -> None:
     layer.ran = True  # _run_with asks
     for part in layer.layer.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
-            part.training = False  # in this copy: one sample has no statistics, the merged ones serve
+            part.training = False  # one sample has no statistics: the merged ones serve
 
 
 def _reach_inside(wrapper: nn.Module, inner: str, name: str):
@@ -512,7 +512,7 @@ def _with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module
 
 
 def _replace(module: nn.Module, change: Callable, done: dict | None = None) -> nn.Module:
-    """The module with each part, in place, replaced by what `change` makes of it; if None, by parts of it replaced."""
+    """Replace a module and its parts, outermost first and in place, by what `change` makes of each; None keeps it."""
     done = {} if done is None else done  # a part that is held under two names stays one part
     if module not in done:
         done[module] = change(module)
@@ -683,7 +683,7 @@ def _generate(model: nn.Module, *args, **kwargs):
 # ---- What is asked of models, modules and arguments, and what is refused ---------------------------------------------
 
 # Two models that do not fit: _matching_weights. A module that cannot be merged: check_mergeable. A choice of modules:
-# _selected. Arguments that cannot be split among samples: _of_sample. A pass that cannot run: _check_pass, above. An
+# _selected. Arguments that cannot be split among samples: _of_sample. A pass that cannot run: _begin_pass, above. An
 # adaptation that cannot start: _check_adapt.
 
 

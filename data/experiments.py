@@ -25,7 +25,6 @@ from data.miniature.corruptions import CORRUPTIONS
 from data.miniature.suite import COUNTERPARTS
 from data.paper import published
 from data.paper.hub import ARCHITECTURES
-from data.paper.hub import TASKS as PAPER_TASKS
 from data.suite import CURVE_IMAGES, Suite
 
 # What a method may need besides the experts (Table 7).
@@ -134,21 +133,18 @@ Expected = tuple[str, tuple[str, ...], Callable[..., bool], str]  # text, method
 
 def claims_about(averages: dict[str, float], expected: tuple[Expected, ...]) -> list[dict]:
     """What is expected of the average accuracies of methods; claims about methods that were not run are left out."""
-    return [
-        claim(text, holds(*values), detail.format(*values))
-        for text, names, holds, detail in expected
-        if all(name in averages for name in names) and (values := [averages[name] for name in names])
-    ]
+    claims = []
+    for text, names, holds, detail in expected:
+        if all(name in averages for name in names):
+            values = [averages[name] for name in names]
+            claims.append(claim(text, holds(*values), detail.format(*values)))
+    return claims
 
 
 def comparable(suite: Suite, rows: list[dict], entries: dict[str, list[dict]]) -> list[dict]:
     """The published rows that ours may stand beside: with fewer steps than published, none of methods that adapted."""
     adapted = {name for name, (entry, *_) in entries.items() if "adaptation" in entry}
     return [row for row in rows if not (suite.shortened and row["method"] in adapted)]
-
-
-def of_the_paper(suite: Suite) -> bool:
-    return suite.name != "miniature" and set(suite.tasks) <= set(PAPER_TASKS)
 
 
 def published_claims(measured: Measured) -> list[dict]:
@@ -209,22 +205,44 @@ def by_scaling(entry: dict, tasks: list[str]) -> dict[float, float]:
 
 
 IN_THE_PAPER: tuple[Expected, ...] = (
-    ("Every expert's task is within its reach: the individual models average at least 90 %",
-     ("Individual",), lambda i: i >= 90, "{:.1f}"),
-    ("The static merges of its time lose at least 8 points against the individual models, even at the best λ",
-     ("Best static", "Individual"), lambda s, i: s <= i - 8, "{:.1f} ≤ {:.1f} - 8"),
-    ("The order is the paper's: pre-trained < averaging and task arithmetic < WEMoE ≤ individual",
-     ("Pre-trained", "Weight Averaging", "Task Arithmetic", "WEMoE", "Individual"),
-     lambda p, a, t, w, i: p < min(a, t) and max(a, t) < w <= i, "{:.1f} < {:.1f}, {:.1f} < {:.1f} ≤ {:.1f}"),
-    ("WEMoE is at least 5 points better than every static merge of its time",
-     ("WEMoE", "Best static"), lambda w, s: w >= s + 5, "{:.1f} ≥ {:.1f} + 5"),
-    ("WEMoE is better than AdaMerging",
-     ("WEMoE", "AdaMerging (layer-wise)"), lambda w, a: w > a, "{:.1f} > {:.1f}"),
-    ("WEMoE recovers at least 95 % of the individual models' accuracy",
-     ("WEMoE", "Individual"), lambda w, i: w >= 0.95 * i, "{:.1f} ≥ 0.95 · {:.1f}"),
-    ("Routers that look at the input are not worse than constant ones",
-     tuple(DEPTHS.values()), lambda zero, one, two: zero <= min(one, two), "0, 1, 2 layers: {:.1f}, {:.1f}, {:.1f}"),
-)  # fmt: skip
+    (
+        "Every expert's task is within its reach: the individual models average at least 90 %",
+        ("Individual",),
+        lambda i: i >= 90,
+        "{:.1f}",
+    ),
+    (
+        "The static merges of its time lose at least 8 points against the individual models, even at the best λ",
+        ("Best static", "Individual"),
+        lambda s, i: s <= i - 8,
+        "{:.1f} ≤ {:.1f} - 8",
+    ),
+    (
+        "The order is the paper's: pre-trained < averaging and task arithmetic < WEMoE ≤ individual",
+        ("Pre-trained", "Weight Averaging", "Task Arithmetic", "WEMoE", "Individual"),
+        lambda p, a, t, w, i: p < min(a, t) and max(a, t) < w <= i,
+        "{:.1f} < {:.1f}, {:.1f} < {:.1f} ≤ {:.1f}",
+    ),
+    (
+        "WEMoE is at least 5 points better than every static merge of its time",
+        ("WEMoE", "Best static"),
+        lambda w, s: w >= s + 5,
+        "{:.1f} ≥ {:.1f} + 5",
+    ),
+    ("WEMoE is better than AdaMerging", ("WEMoE", "AdaMerging (layer-wise)"), lambda w, a: w > a, "{:.1f} > {:.1f}"),
+    (
+        "WEMoE recovers at least 95 % of the individual models' accuracy",
+        ("WEMoE", "Individual"),
+        lambda w, i: w >= 0.95 * i,
+        "{:.1f} ≥ 0.95 · {:.1f}",
+    ),
+    (
+        "Routers that look at the input are not worse than constant ones",
+        tuple(DEPTHS.values()),
+        lambda zero, one, two: zero <= min(one, two),
+        "0, 1, 2 layers: {:.1f}, {:.1f}, {:.1f}",
+    ),
+)
 
 
 def paper_claims(entries: dict[str, list[dict]]) -> list[dict]:
@@ -252,7 +270,7 @@ def paper_claims(entries: dict[str, list[dict]]) -> list[dict]:
 def show_methods(measured: Measured, expected: tuple[Expected, ...]) -> Shown:
     """A heat map of one table; in the miniature, what is expected of it."""
     figures = {"accuracy": report.draw_accuracy(measured.suite.tasks, list(measured.first().values()))}
-    if of_the_paper(measured.suite):
+    if measured.suite.of_the_paper:
         return Shown(figures, published_claims(measured))
     return Shown(figures, claims_about({name: measured.average("main", name) for name in measured.first()}, expected))
 
@@ -266,12 +284,23 @@ def show_methods(measured: Measured, expected: tuple[Expected, ...]) -> Shown:
     paper=("table10",),
 )
 def show_depths(measured: Measured) -> Shown:
-    return show_methods(measured, (
-        ("Routers of one layer are within a point of two",
-         (DEPTHS[1], DEPTHS[2]), lambda one, two: abs(one - two) <= 1, "{:.1f} and {:.1f}"),
-        ("Both are better than AdaMerging", (DEPTHS[1], DEPTHS[2], "AdaMerging (layer-wise)"),
-         lambda one, two, fixed: min(one, two) > fixed, "{:.1f}, {:.1f} > {:.1f}"),
-    ))  # fmt: skip
+    return show_methods(
+        measured,
+        (
+            (
+                "Routers of one layer are within a point of two",
+                (DEPTHS[1], DEPTHS[2]),
+                lambda one, two: abs(one - two) <= 1,
+                "{:.1f} and {:.1f}",
+            ),
+            (
+                "Both are better than AdaMerging",
+                (DEPTHS[1], DEPTHS[2], "AdaMerging (layer-wise)"),
+                lambda one, two, fixed: min(one, two) > fixed,
+                "{:.1f}, {:.1f} > {:.1f}",
+            ),
+        ),
+    )
 
 
 MLP_ONLY, SEPARATELY, BLOCKS = DEPTHS[1], "WEMoE (1-layer, attention and MLP)", "WEMoE (1-layer, blocks)"
@@ -286,12 +315,23 @@ MLP_ONLY, SEPARATELY, BLOCKS = DEPTHS[1], "WEMoE (1-layer, attention and MLP)", 
     paper=("table6",),
 )
 def show_modules(measured: Measured) -> Shown:
-    return show_methods(measured, (
-        ("Routing attention, too, is no worse than MLPs only",
-         (SEPARATELY, MLP_ONLY), lambda both, mlp: both >= mlp, "{:.1f} ≥ {:.1f}"),
-        ("Routing entire blocks is worse than MLPs only",
-         (BLOCKS, MLP_ONLY), lambda blocks, mlp: blocks < mlp, "{:.1f} < {:.1f}"),
-    ))  # fmt: skip
+    return show_methods(
+        measured,
+        (
+            (
+                "Routing attention, too, is no worse than MLPs only",
+                (SEPARATELY, MLP_ONLY),
+                lambda both, mlp: both >= mlp,
+                "{:.1f} ≥ {:.1f}",
+            ),
+            (
+                "Routing entire blocks is worse than MLPs only",
+                (BLOCKS, MLP_ONLY),
+                lambda blocks, mlp: blocks < mlp,
+                "{:.1f} < {:.1f}",
+            ),
+        ),
+    )
 
 
 # ---- Other test images: Tables 4, 5 and 11, and what goes wrong under noise ------------------------------------------
@@ -306,7 +346,7 @@ def in_suite(suite: Suite, tasks: list[str]) -> list[str]:
 
 def authors_rates(suite: Suite, rates: dict[str, float]) -> dict[str, dict]:
     """Condition.settings of methods for which the authors' program has another learning rate in this experiment."""
-    theirs = of_the_paper(suite) and suite.adaptation.settings == "paper"
+    theirs = suite.of_the_paper and suite.adaptation.settings == "paper"
     return {name: {"lr": lr} for name, lr in rates.items()} if theirs else {}
 
 
@@ -471,7 +511,7 @@ LAMBDAS = tuple(i / 10 for i in range(11))  # of methods that merge once
 def sweep_conditions(suite: Suite, methods: list[str]) -> list[Condition]:
     """For each kind of images, one condition for what merges once, at all λ, and one for each λ where routers start."""
     kinds, starts = ("clean", "impulse_noise"), (0.1, 0.3, 0.6, 1.0)
-    if of_the_paper(suite):
+    if suite.of_the_paper:
         kinds, starts = ("clean", *CORRUPTIONS), LAMBDAS[1:]
     adapting = [name for name in methods if name in DEPTHS.values()]
     merging = [name for name in methods if name not in adapting]
@@ -508,8 +548,9 @@ def show_sweep(measured: Measured) -> Shown:
         known = published.sweep(suite.name, kind) if suite.source else {}
         theirs[kind] = {
             name: {lam: statistics.mean(cells.values()) for lam, cells in known[name].items()}
-            for name in lines if name in known and not (suite.shortened and name in DEPTHS.values())
-        }  # fmt: skip
+            for name in lines
+            if name in known and not (suite.shortened and name in DEPTHS.values())
+        }
         rows = []
         for name, points in lines.items():
             rows.append([name, *(number(points.get(lam)) for lam in LAMBDAS)])
@@ -574,10 +615,15 @@ def show_unload(measured: Measured) -> Shown:
     routed, unloaded, dense = (measured.first()[name] for name in names)
     most = max(abs(routed["accuracy"][task] - unloaded["accuracy"][task]) for task in measured.suite.tasks)
     sizes = [entry["total_parameters"] for entry in (unloaded, dense)]
-    return Shown({}, [
-        claim("Unloaded, each task's accuracy is the same to half a point", most <= 0.5, f"at most {most:.2f} apart"),
-        claim("It has the dense model's parameters", sizes[0] == sizes[1], "{:,} and {:,}".format(*sizes)),
-    ])  # fmt: skip
+    return Shown(
+        {},
+        [
+            claim(
+                "Unloaded, each task's accuracy is the same to half a point", most <= 0.5, f"at most {most:.2f} apart"
+            ),
+            claim("It has the dense model's parameters", sizes[0] == sizes[1], "{:,} and {:,}".format(*sizes)),
+        ],
+    )
 
 
 # ---- What routers do (Figures 11 and 12) -----------------------------------------------------------------------------

@@ -96,6 +96,7 @@ class Suite:
     normalise: Callable[[Tensor], Batch]  # uint8 images, or tokens -> what the tower takes
     experts: dict[str, nn.Module] = field(default_factory=dict)
     scalings: tuple[float, ...] = ()  # λ of task arithmetic to try, besides 0.3
+    of_the_paper: bool = False  # its models and data, whether or not ours are to be compared with published figures
     source: str | None = None  # whose published figures ours may stand beside: "paper", "hub"
     published: dict[str, dict] = field(default_factory=dict)  # method -> the row of published figures
     claimable: bool = True  # whether the test images are those of the published figures

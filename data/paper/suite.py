@@ -51,6 +51,7 @@ def paper_suite(arguments: argparse.Namespace) -> Suite:
         say(notice)
     suite = Suite(
         name=arguments.name,
+        of_the_paper=True,
         seed=arguments.seed,
         device=device,
         precision=arguments.precision or ("bfloat16" if device.type == "cuda" else "float32"),
