@@ -133,13 +133,10 @@ class MergedLayer(nn.Module):
         nn.Module.__init__(self)  # not super().__init__(): for MergedLinear, that of nn.Linear would make new weights
         self.layer, self.training = layer, layer.training
         self.lam: Tensor | None = None  # (B, T), or (1, T) for all samples
-        names_of: dict[Tensor, list[str]] = {}
-        for path, part in layer.named_modules():
-            for name, p in (*part._parameters.items(), *part._buffers.items()):
-                if p in tau_of:
-                    names_of.setdefault(p, []).append(f"{path}.{name}".lstrip("."))
-        self.names = list(names_of.values())  # of the i-th tensor, whose τ is tau_i: ["weight"], or more if it is tied
-        for i, p in enumerate(names_of):  # not as buffers, which DistributedDataParallel would send around
+        merged = {name: p for name, p in _live_state(layer).items() if _is_weight(p) and p in tau_of}
+        index = {p: i for i, p in enumerate(dict.fromkeys(merged.values()))}
+        self.names = {name: index[p] for name, p in merged.items()}  # "weight" -> 0: its τ is tau_0, also if it is tied
+        for p, i in index.items():  # not as buffers, which DistributedDataParallel would send around
             self.register_parameter(f"tau_{i}", nn.Parameter(tau_of[p], requires_grad=False))
         _swap_hooks(self)  # those of the layer run here, and see all samples
 
@@ -154,10 +151,9 @@ class MergedLayer(nn.Module):
         """θ_0 + Σ_t λ_t τ_t by name, for λ (T,)."""
         weights = {}
         with torch.autocast(lam.device.type, enabled=False):  # weights are merged in their own precision
-            for i, names in enumerate(self.names):
-                for name in names:  # each anew, if tied: a reentrant checkpoint frees the graph behind a weight
-                    theta_0 = operator.attrgetter(name)(self.layer)
-                    weights[name] = theta_0 + self.delta(lam, i).to(theta_0)
+            for name, i in self.names.items():
+                theta_0 = operator.attrgetter(name)(self.layer)
+                weights[name] = theta_0 + self.delta(lam, i).to(theta_0)
         return weights
 
     def forward(self, *args, **kwargs):
@@ -172,9 +168,9 @@ class MergedLayer(nn.Module):
 
     def for_each(self, lam: Tensor, *args, **kwargs):
         """Sample b, alone, through the weights merged with λ_b, with its row of each tensor of B rows."""
-        x, outputs = _first_tensor(args, kwargs), []
+        outputs = []
         for b in range(len(lam)):
-            one_args, one_kwargs = tree_map(lambda leaf, b=b: _of_sample(leaf, b, x, len(lam)), (args, kwargs))
+            one_args, one_kwargs = _of_sample(b, len(lam), args, kwargs)
             outputs.append(checkpoint(self.for_all, lam[b], *one_args, use_reentrant=False, **one_kwargs))
         return tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *outputs)
 
@@ -223,15 +219,15 @@ class WEMoE(nn.Module):
         self.router = router
         self.training = pretrained.training
         self.routing = nn.Identity()  # λ (B, T) passes through it, where hooks see it, or give another
-        self.mask: Tensor | None = None  # (B, N), see set_token_mask
+        # For texts, which tokens the router looks at, (B, N): set by set_token_mask; given to the model with its input.
+        self.mask, self.attention_mask = None, None
 
     def route(self, h: Tensor) -> Tensor:
         """λ (B, T) for the input (B, ..., D), or (1, T) where all samples share one, so that layers merge once."""
         if len(h) == 0:
             return h.new_zeros(1, self.num_tasks, dtype=torch.float32)  # no sample to merge for
-        # While tokens are generated with a cache, h has the last one only, and the mask has all.
-        masked = self.mask is not None and self.mask.shape == h.shape[:-1]
-        lam = self.router(h, mask=self.mask) if masked else self.router(h)
+        mask = _mask_of(self, h)  # for a text
+        lam = self.router(h) if mask is None else self.router(h, mask=mask)
         if lam.shape not in ((len(h), self.num_tasks), (1, self.num_tasks)):
             raise ValueError(f"The routing weights are {tuple(lam.shape)} for an input {tuple(h.shape)}.")
         shared = len(lam) == 1 or getattr(self.router, "depth", None) == 0
@@ -415,7 +411,11 @@ def unload(model: nn.Module) -> nn.Module:
             what = f"a {type(module.router).__name__} that looks at its input"
             raise ValueError(f"Only routers of depth 0 can be unloaded, not {what}.")
         lam = module.router(torch.empty(1, 0)).detach()[0]  # (T,), whatever the input
-        return _replace(module.pretrained, functools.partial(_unmerged, lam=lam))
+        merged = [part for part in module.pretrained.modules() if isinstance(part, MergedLayer)]
+        for part, weights in [(part, part.weights(lam)) for part in merged]:  # all first: layers may share a tensor
+            part.layer.load_state_dict(weights, strict=False)
+            _swap_hooks(part)
+        return _replace(module.pretrained, lambda part: part.layer if isinstance(part, MergedLayer) else None)
 
     return _replace(copy.deepcopy(model), unloaded)
 
@@ -521,18 +521,6 @@ def _replace(module: nn.Module, change: Callable, done: dict | None = None) -> n
             for name, part in module._modules.items():
                 module._modules[name] = None if part is None else _replace(part, change, done)
     return done[module]
-
-
-def _unmerged(merged: nn.Module, lam: Tensor) -> nn.Module | None:
-    """The layer that a merged layer was made of, with the weights for λ (T,)."""
-    if not isinstance(merged, MergedLayer):
-        return None
-    weights, parameters = merged.weights(lam), dict(merged.layer.named_parameters(remove_duplicate=False))
-    for names in merged.names:
-        if names[0] in parameters:
-            weights.update(dict.fromkeys(names, nn.Parameter(weights[names[0]], requires_grad=False)))
-    _swap_hooks(merged)
-    return _with_weights(merged.layer, weights)
 
 
 def _swap_hooks(merged: MergedLayer) -> None:
@@ -651,7 +639,14 @@ def set_token_mask(model: nn.Module, mask: Tensor | None) -> None:
     """
     for module in model.modules():
         if isinstance(module, WEMoE):
-            module.mask = mask
+            module.mask, module.attention_mask = mask, None
+
+
+def _mask_of(module: WEMoE, h: Tensor) -> Tensor | None:
+    """The mask (B, N) of the tokens h (B, N, D): what the model was given with its input, or else by set_token_mask."""
+    mask = module.mask if module.attention_mask is None else module.attention_mask
+    # While tokens are generated with a cache, h has the last one only, and the mask has all.
+    return mask if mask is not None and mask.shape == h.shape[:-1] else None
 
 
 def _masked_mean(h: Tensor, mask: Tensor) -> Tensor:
@@ -672,7 +667,9 @@ def _prepare_for_text(model: nn.Module) -> None:
 
 def _take_attention_mask(tower: nn.Module, args: tuple, kwargs: dict) -> None:
     mask = inspect.signature(tower.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
-    set_token_mask(tower, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
+    for module in tower.modules():
+        if isinstance(module, WEMoE):
+            module.attention_mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def _generate(model: nn.Module, *args, **kwargs):
@@ -798,19 +795,24 @@ def _first_tensor(*arguments: object) -> Tensor:
     raise TypeError("A routed module takes a tensor of shape (B, ..., D) as its first input.")
 
 
-def _of_sample(leaf: object, b: int, x: Tensor, batch: int) -> object:
-    """What sample b gets of an argument: its row of a tensor (B, ...), all of anything else."""
-    if not isinstance(leaf, Tensor | bool | int | float | str | None):
-        what = f"A {type(leaf).__name__} cannot be split among samples that run one by one"
-        raise ValueError(f"{what}: leave it out, as use_cache=False does.")
-    if not isinstance(leaf, Tensor) or leaf.dim() == 0 or len(leaf) != batch:
-        return leaf
-    # Other axes of x that its first could be: a vector (D,) when B = D, a mask (N, N) when B = N.
-    axes = x.shape[1:] if leaf.dim() == 1 else x.shape[1:-1]
-    if leaf.dim() < x.dim() and batch in axes:
-        what = f"An argument of shape {tuple(leaf.shape)} may belong to the samples or to another axis of the input"
-        raise ValueError(f"{what} {tuple(x.shape)}: use another batch size.")
-    return leaf[b : b + 1]
+def _of_sample(b: int, batch: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """What sample b gets of the arguments: its row of each tensor (B, ...), all of anything else."""
+    x = _first_tensor(args, kwargs)
+
+    def of_sample(leaf: object) -> object:
+        if not isinstance(leaf, Tensor | bool | int | float | str | None):
+            what = f"A {type(leaf).__name__} cannot be split among samples that run one by one"
+            raise ValueError(f"{what}: leave it out, as use_cache=False does.")
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or len(leaf) != batch:
+            return leaf
+        # Other axes of x that its first could be: a vector (D,) when B = D, a mask (N, N) when B = N.
+        axes = x.shape[1:] if leaf.dim() == 1 else x.shape[1:-1]
+        if leaf.dim() < x.dim() and batch in axes:
+            what = f"An argument of shape {tuple(leaf.shape)} may belong to the samples or to another axis of the input"
+            raise ValueError(f"{what} {tuple(x.shape)}: use another batch size.")
+        return leaf[b : b + 1]
+
+    return tree_map(of_sample, (args, kwargs))
 
 
 # What open_clip, timm, torchvision and much of Hugging Face call the MLP of a Transformer block.
