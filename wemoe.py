@@ -17,8 +17,17 @@ Copy this file: it needs only torch, 2.4 or later, and Python 3.10. When *not* t
 known, load that task's own model; if the models were not fine-tuned from one checkpoint, a sum of their weights means
 nothing.
 Shapes: B samples, T tasks, N tokens, D hidden size, `...` any token or spatial axes. Equations are the paper's.
-MergedLinear, frozen_routing, set_token_mask, check_mergeable and what begins with an underscore are in the second half
-of the file, which can be left unread.
+
+The first half of the file is the method. These are in the second half, which can be left unread:
+
+    _live_state, _members, _at_least_float32    a model's tensors by name; models in a list or by task; a type for sums
+    _matching_weights, _check_…, check_…        refuse, in one sentence that names the place, what does not fit
+    _run_with           runs a module with λ: in a copy of it, made for this pass, each merged layer gets λ as `lam`
+    _with_weights       a copy of a layer that holds other tensors
+    _of_sample          the arguments of sample b alone
+    _replace            puts other modules in the place of a module's parts
+    _swap_hooks, _reach_inside                  hooks and attributes of a wrapped module are those of its wrapper
+    MergedLinear        what MergedLayer computes, for linear layers, fast
 """
 
 import copy
@@ -62,7 +71,7 @@ def task_arithmetic(pretrained: Model, task_vectors: Models, scaling: float | li
     Raises ValueError if there is not one λ for each task, or if a task vector's names or shapes are not those of θ_0.
     """
     vectors = _members(task_vectors)
-    scalings = torch.as_tensor(scaling, dtype=torch.float64).tolist()  # a float, or a list of them
+    scalings = torch.as_tensor(scaling, dtype=torch.float64).tolist()  # a float or a list, from numbers of any type
     if isinstance(scalings, float):
         scalings = itertools.repeat(scalings)
     else:
@@ -85,8 +94,9 @@ class Router(nn.Module):
     """The routing weights λ of each sample: (B, ..., D) -> (B, T), the mean over its tokens h of r(h) (Section 3.2).
 
     r(h) is W2 relu(W1 h + b1) + b2 at depth 2 (Eq. 3; W1 is (D, D)), W h + b at depth 1 (Eq. 8), b at depth 0 (Eq. 4).
-    The output is linear, neither a softmax nor clipped. Weights start as normal(0, 0.01) and the output bias as
-    `init_lambda`: routing starts near task arithmetic. `parameters()` yields W1, b1, W2, b2 (or W, b; or b).
+    The output is linear, neither a softmax nor clipped; for speed, the mean is taken before the last layer, which makes
+    no difference. Weights start as normal(0, 0.01) and the output bias as `init_lambda`: routing starts near task
+    arithmetic. `parameters()` yields W1, b1, W2, b2 (or W, b; or b).
     With a `mask` (B, N), the mean is that of the tokens where it is not zero.
     Raises ValueError for arguments that make no router and, unless its depth is 0, for inputs that are not (B, ..., D).
     """
@@ -115,7 +125,7 @@ class Router(nn.Module):
         tokens = h[:, None] if h.dim() == 2 else h.flatten(1, -2)  # (B, N, D)
         hidden = self.layers[:-1](tokens.to(self.layers[-1].weight.dtype))  # of depth 1: the tokens
         mean = hidden.mean(1) if mask is None else _masked_mean(hidden, mask)
-        return self.layers[-1](mean)  # the mean first, for speed: with W h + b it makes no difference
+        return self.layers[-1](mean)
 
 
 # ---- The merged layer and the routed module --------------------------------------------------------------------------
@@ -124,13 +134,14 @@ class Router(nn.Module):
 class MergedLayer(nn.Module):
     """Any layer, with weights of its own for each sample: merge θ_0 + Σ_t λ_bt τ_t, run sample b, then the next one.
 
-    `tau_of` gives τ (T, *shape) for the tensors of the layer. λ (B, T) comes from the WEMoE module around: for each
-    forward pass it makes a copy of its layers, and sets `lam` in them. Weights merged for single samples are not kept
-    for the backward pass but merged again. For linear layers, MergedLinear does it faster, in its own `for_each`.
+    `layer` holds θ_0, and `tau_of` gives τ (T, *shape) for each of its tensors that is to be merged. The WEMoE module
+    that the layer is in makes λ; for each forward pass, it makes a copy of its layers and sets `lam` in them.
+    This loop over samples is the definition, and what becomes of layer norms, convolutions and the like. A linear layer
+    becomes a MergedLinear, which gives the same result faster, in a `for_each` of its own.
     """
 
     def __init__(self, layer: nn.Module, tau_of: Mapping[Tensor, Tensor]):
-        nn.Module.__init__(self)  # not super().__init__(): for MergedLinear, that of nn.Linear would make new weights
+        nn.Module.__init__(self)  # MergedLinear is an nn.Linear, too, whose own __init__ would make new weights
         self.layer, self.training = layer, layer.training
         self.lam: Tensor | None = None  # (B, T), or (1, T) for all samples
         merged = {name: p for name, p in _live_state(layer).items() if _is_weight(p) and p in tau_of}
@@ -138,7 +149,7 @@ class MergedLayer(nn.Module):
         self.names = {name: index[p] for name, p in merged.items()}  # "weight" -> 0: its τ is tau_0, also if it is tied
         for p, i in index.items():  # not as buffers, which DistributedDataParallel would send around
             self.register_parameter(f"tau_{i}", nn.Parameter(tau_of[p], requires_grad=False))
-        _swap_hooks(self)  # those of the layer run here, and see all samples
+        _swap_hooks(self)  # the layer's hooks are to run here, once, and see all samples
 
     def tau(self, i: int) -> Tensor:
         return getattr(self, f"tau_{i}")
@@ -157,7 +168,7 @@ class MergedLayer(nn.Module):
         return weights
 
     def forward(self, *args, **kwargs):
-        _begin_pass(self, _first_tensor(args, kwargs))
+        _begin_pass(self, _first_tensor(args, kwargs))  # has it a λ for each sample? and batch norm is set to evaluate
         if len(self.lam) == 1:
             return self.for_all(self.lam[0], *args, **kwargs)
         return self.for_each(self.lam, *args, **kwargs)
@@ -167,7 +178,7 @@ class MergedLayer(nn.Module):
         return _with_weights(self.layer, self.weights(lam))(*args, **kwargs)
 
     def for_each(self, lam: Tensor, *args, **kwargs):
-        """Sample b, alone, through the weights merged with λ_b, with its row of each tensor of B rows."""
+        """Sample b, alone, through the weights merged with λ_b, which the backward pass merges again: none are kept."""
         outputs = []
         for b in range(len(lam)):
             one_args, one_kwargs = _of_sample(b, len(lam), args, kwargs)
@@ -187,9 +198,9 @@ class WEMoE(nn.Module):
     `pretrained` is any module whose first input is a tensor (B, ..., D); `finetuned` are T modules of the same
     structure, or their state dicts. `router` maps that input to λ (B, T), or (1, T) for all samples, and takes the
     keyword `mask` if set_token_mask is used; if it has a `depth` of 0, λ is constant. Only the router is trainable.
-    `layer(part, tau_of)` is what linear layers become, a MergedLinear unless told otherwise; with MergedLayer itself
-    the module is not taken apart but merged as a whole, sample by sample: for modules that reshape the batch inside
-    (windows, beams), whose layers' inputs have not B rows.
+    `layer` is a class like MergedLinear, by which linear layers are replaced. Or it is MergedLayer: then the module is
+    not taken apart, but is itself the layer that merges, as is needed where a module reshapes the batch inside
+    (windows, beams), so that its layers do not see B samples.
     Attributes: `router`, and `pretrained`, the module with merged layers (of θ_0 and all τ) in it.
     Raises ValueError if the modules differ in structure or in number from the routing weights, or if a module cannot
     run with weights from outside.
@@ -205,40 +216,35 @@ class WEMoE(nn.Module):
             raise ValueError(f"WEMoE got {len(vectors)} fine-tuned modules for a router with {self.num_tasks} outputs.")
         module = copy.deepcopy(pretrained).requires_grad_(False)
         theta_0 = _live_state(module)  # the parameters themselves
-        # τ (T, *shape) by the tensor of θ_0 (dictionaries go by its id), not by its name: tied names share one.
+        # By the tensor of θ_0 (dictionaries go by its id), not by its name, as tensors that are tied have several.
         tau_of = {theta_0[name]: torch.stack([vector[name] for vector in vectors]) for name in vectors[0]}
 
         def merged_layer(part: nn.Module) -> nn.Module | None:
             if type(part) is nn.Linear and part.weight in tau_of:
                 return (layer or MergedLinear)(part, tau_of)
-            if layer is MergedLayer or _merges_whole(part, tau_of):
+            if layer is MergedLayer or _merges_whole(part, tau_of):  # as what is no linear layer and holds weights
                 return MergedLayer(part, tau_of)
             return None  # _replace asks its parts next
 
         self.pretrained = _replace(module, merged_layer)
         self.router = router
         self.training = pretrained.training
-        self.routing = nn.Identity()  # λ (B, T) passes through it, where hooks see it, or give another
-        # For texts, which tokens the router looks at, (B, N): set by set_token_mask; given to the model with its input.
-        self.mask, self.attention_mask = None, None
+        self.routing = _Routing()
+        self.mask = self.attention_mask = None  # for texts, (B, N): see set_token_mask
 
     def route(self, h: Tensor) -> Tensor:
         """λ (B, T) for the input (B, ..., D), or (1, T) where all samples share one, so that layers merge once."""
         if len(h) == 0:
             return h.new_zeros(1, self.num_tasks, dtype=torch.float32)  # no sample to merge for
-        mask = _mask_of(self, h)  # for a text
+        mask = _mask_of(self, h)  # None but for texts
         lam = self.router(h) if mask is None else self.router(h, mask=mask)
         if lam.shape not in ((len(h), self.num_tasks), (1, self.num_tasks)):
             raise ValueError(f"The routing weights are {tuple(lam.shape)} for an input {tuple(h.shape)}.")
-        shared = len(lam) == 1 or getattr(self.router, "depth", None) == 0
-        found = lam.expand(len(h), -1)
-        lam = self.routing(found)
-        lam = lam[:1] if shared and lam is found else lam
-        return lam if torch.is_grad_enabled() else lam.detach()  # layers ask whether it requires a gradient
+        constant = getattr(self.router, "depth", None) == 0
+        return self.routing(lam[:1] if constant else lam, h)
 
     def forward(self, *args, **kwargs):
         lam = self.route(_first_tensor(args, kwargs))
-        # In a copy of the module, with `lam` in its layers: a checkpoint may run it again after others have run.
         return _run_with(lam, self.pretrained, args, kwargs)
 
     def __getattr__(self, name: str):
@@ -274,15 +280,15 @@ def upscale(
     merged = task_arithmetic(pretrained, (task_vector(pretrained, model) for model in models), init_lambda)
     upscaled = copy.deepcopy(pretrained).requires_grad_(False)
     upscaled.load_state_dict(merged)  # all of it; what is routed is replaced below
-    routed: dict[nn.Module, WEMoE] = {}  # what is replaced -> by what; two names of one module stay one module
+    routed: dict[nn.Module, WEMoE] = {}  # a module of the copy -> what takes its place; of two names, once
     for name in _selected(pretrained, modules):
-        module, replaced = pretrained.get_submodule(name), upscaled.get_submodule(name)
-        if replaced not in routed:
-            hidden_size = _hidden_size(name, module) if router_depth else 0
+        original, merged_copy = pretrained.get_submodule(name), upscaled.get_submodule(name)
+        if merged_copy not in routed:
+            hidden_size = _hidden_size(name, original) if router_depth else 0
             router = Router(hidden_size, len(models), router_depth, init_lambda)
-            weight = next(p for p in _live_state(module).values() if _is_weight(p))
-            router.to(weight.device, _at_least_float32(weight)).train(module.training)
-            routed[replaced] = WEMoE(module, [_part(model, name) for model in models], router, layer=layer)
+            weight = next(p for p in _live_state(original).values() if _is_weight(p))
+            router.to(weight.device, _at_least_float32(weight)).train(original.training)
+            routed[merged_copy] = WEMoE(original, [_part(model, name) for model in models], router, layer=layer)
     upscaled = _replace(upscaled, routed.get)
     _prepare_for_text(upscaled)  # if it takes an attention_mask, or generates
     return upscaled
@@ -308,7 +314,8 @@ def negative_information(logits: Tensor) -> Tensor:
     For mean entropy alone, one confident answer to everything is as good as any; this asks for diverse answers, too
     (Bridle et al., NeurIPS 1991; Liang et al., arXiv 2002.08546), and wants batches in which most classes appear.
     """
-    return mean_entropy(logits) - entropy(_log_softmax(logits).logsumexp(0))  # log Σ_b p_b, logits of mean_b p_b
+    log_sum = _log_softmax(logits).logsumexp(0)  # log Σ_b p_b: as logits, up to a constant, those of mean_b p_b
+    return mean_entropy(logits) - entropy(log_sum)
 
 
 def adapt(
@@ -355,25 +362,18 @@ def adapt(
     with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
         for step in range(start + 1, steps + 1):
             cosine = (1 + math.cos(math.pi * (step - 1) / steps)) / 2
-            for group in optimizer.param_groups:  # "initial_lr" is where torch's schedulers keep it, too
+            for group in optimizer.param_groups:  # the first rate is kept in the group, where a resumed run finds it
                 group["lr"] = group.setdefault("initial_lr", group["lr"]) * cosine
             optimizer.zero_grad()
-            entropies = []  # reported, whatever the objective is
+            entropies: dict[str, Tensor] = {}  # reported, whatever the objective is
             for task in loaders:
                 batch = next(batches[task])
                 with nullcontext() if task == last else no_exchange():
                     logits = heads[task](model(batch) if isinstance(batch, Tensor) else model(**batch))
                     _check_logits(task, logits)
                     objective(logits).backward()
-                entropies.append(mean_entropy(logits.detach()))
-            norm = nn.utils.clip_grad_norm_(trainable, math.inf)  # to get it: nothing is clipped
-            values = torch.stack([value.to(norm) for value in (*entropies, norm)]).tolist()  # one wait for a GPU
-            by_task = dict(zip(loaders, values))
-            found = {f"entropy of task {task!r}": by_task[task] for task in loaders} | {"gradient": values[-1]}
-            for what, value in found.items():
-                if not math.isfinite(value):
-                    optimizer.zero_grad()
-                    raise FloatingPointError(f"The {what} is {value} at step {step} of {steps}.")
+                entropies[task] = mean_entropy(logits.detach())
+            by_task = _finite(entropies, trainable, f"step {step} of {steps}")
             optimizer.step()
             history.append(sum(by_task.values()) / len(by_task))
             if on_step is not None:
@@ -394,7 +394,11 @@ def routing_weights(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     weights["transformer.resblocks.0.mlp"]  # (B, T)
     """
     weights: dict[str, Tensor] = {}
-    with _seeing(model, lambda name, lam: weights.update({name: lam.detach()})):
+
+    def record(name: str, lam: Tensor) -> None:
+        weights[name] = lam.detach()
+
+    with _seeing(model, record):
         yield weights
 
 
@@ -414,7 +418,7 @@ def unload(model: nn.Module) -> nn.Module:
         merged = [part for part in module.pretrained.modules() if isinstance(part, MergedLayer)]
         for part, weights in [(part, part.weights(lam)) for part in merged]:  # all first: layers may share a tensor
             part.layer.load_state_dict(weights, strict=False)
-            _swap_hooks(part)
+            _swap_hooks(part)  # back to the layer
         return _replace(module.pretrained, lambda part: part.layer if isinstance(part, MergedLayer) else None)
 
     return _replace(copy.deepcopy(model), unloaded)
@@ -431,9 +435,10 @@ def _run_with(lam: Tensor, module: nn.Module, args: tuple, kwargs: dict):
     """Run a module, whose merged layers take λ (B, T), in a copy made for this pass.
 
     λ, and the weights that MergedLayer.for_all merges, are put in copies and never in the module itself. A checkpoint
-    inside, which runs again in the backward pass, finds those of its own forward pass there (functional_call would have
-    put back θ_0), and replicas and threads do not see one another's.
+    inside, which runs again in the backward pass, finds those of its own forward pass there, when others may have run
+    since (and functional_call would have put back θ_0). Replicas and threads do not see one another's.
     """
+    lam = lam if torch.is_grad_enabled() else lam.detach()  # _begin_pass asks whether it requires a gradient
     copies: dict[nn.Module, nn.Module] = {}  # each part of the module -> its copy
     used = _shallow_copy(module, copies)
     for part in copies.values():
@@ -531,12 +536,19 @@ def _swap_hooks(merged: MergedLayer) -> None:
         one[name], other[name] = other[name], one[name]
 
 
+class _Routing(nn.Module):
+    """λ (B, T) or (1, T) passes through it, where hooks see it, or give another."""
+
+    def forward(self, lam: Tensor, h: Tensor) -> Tensor:
+        return lam
+
+
 @contextmanager
 def _seeing(model: nn.Module, see: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
-    """Call `see` with each λ and the name of its module; what it returns, unless None, is taken in the place of λ."""
+    """Call `see` with each module's name and λ (B, T); what it returns, unless None, is taken in the place of λ."""
 
-    def hook(name: str, _module: nn.Module, _input: tuple, lam: Tensor) -> Tensor | None:
-        return see(name, lam)
+    def hook(name: str, _module: nn.Module, inputs: tuple, lam: Tensor) -> Tensor | None:
+        return see(name, lam.expand(len(inputs[1]), -1))
 
     routed = [(name, module) for name, module in model.named_modules() if isinstance(module, WEMoE)]
     handles = [module.routing.register_forward_hook(functools.partial(hook, name)) for name, module in routed]
@@ -893,6 +905,21 @@ def _endless(task: str, loader: Iterable, device: torch.device) -> Iterator[Tens
 def _check_logits(task: str, logits: Tensor) -> None:
     if logits.dim() != 2 or logits.shape[1] < 2:
         raise ValueError(f"Logits of {task!r} should be (B, C) with C > 1, not {tuple(logits.shape)}.")
+
+
+def _finite(entropies: dict[str, Tensor], trainable: list, where: str) -> dict[str, float]:
+    """The entropies as numbers. Raises FloatingPointError if one of them, or the gradient, is not finite."""
+    norm = nn.utils.clip_grad_norm_(trainable, math.inf)  # to get it: nothing is clipped
+    *values, norm = torch.stack(
+        [value.to(norm) for value in (*entropies.values(), norm)]
+    ).tolist()  # one wait for a GPU
+    by_task = dict(zip(entropies, values))
+    for what, value in (*((f"entropy of task {task!r}", value) for task, value in by_task.items()), ("gradient", norm)):
+        if not math.isfinite(value):
+            for p in trainable:
+                p.grad = None
+            raise FloatingPointError(f"The {what} is {value} at {where}.")
+    return by_task
 
 
 def _quote(names: Iterable[str], most: int = 8) -> str:
