@@ -134,21 +134,23 @@ class Router(nn.Module):
 class MergedLayer(nn.Module):
     """Any layer, with weights of its own for each sample: merge θ_0 + Σ_t λ_bt τ_t, run sample b, then the next one.
 
-    `layer` holds θ_0, and `tau_of` gives τ (T, *shape) for each of its tensors that is to be merged. The WEMoE module
-    that the layer is in makes λ; for each forward pass, it makes a copy of its layers and sets `lam` in them.
+    `layer` holds θ_0, `vectors` are its T task vectors. The WEMoE module that it is in makes λ: for each forward pass,
+    it makes a copy of its layers and sets `lam` in them.
     This loop over samples is the definition, and what becomes of layer norms, convolutions and the like. A linear layer
     becomes a MergedLinear, which gives the same result faster, in a `for_each` of its own.
     """
 
-    def __init__(self, layer: nn.Module, tau_of: Mapping[Tensor, Tensor]):
+    def __init__(self, layer: nn.Module, vectors: list[dict[str, Tensor]]):
         nn.Module.__init__(self)  # MergedLinear is an nn.Linear, too, whose own __init__ would make new weights
         self.layer, self.training = layer, layer.training
         self.lam: Tensor | None = None  # (B, T), or (1, T) for all samples
-        merged = {name: p for name, p in _live_state(layer).items() if _is_weight(p) and p in tau_of}
-        index = {p: i for i, p in enumerate(dict.fromkeys(merged.values()))}
-        self.names = {name: index[p] for name, p in merged.items()}  # "weight" -> 0: its τ is tau_0, also if it is tied
-        for p, i in index.items():  # not as buffers, which DistributedDataParallel would send around
-            self.register_parameter(f"tau_{i}", nn.Parameter(tau_of[p], requires_grad=False))
+        self.names: dict[str, int] = {}  # "weight" -> 0 if its τ is tau_0; names of one tensor (tied ones) share it
+        theta_0, index = _live_state(layer), {}
+        for name in vectors[0]:
+            i = self.names[name] = index.setdefault(theta_0[name], len(index))
+            tau = torch.stack([vector[name] for vector in vectors])  # (T, *shape)
+            # Not as a buffer, which DistributedDataParallel would send around.
+            self.register_parameter(f"tau_{i}", nn.Parameter(tau, requires_grad=False))
         _swap_hooks(self)  # the layer's hooks are to run here, once, and see all samples
 
     def tau(self, i: int) -> Tensor:
@@ -215,15 +217,14 @@ class WEMoE(nn.Module):
         if len(vectors) == 0 or len(vectors) != self.num_tasks:
             raise ValueError(f"WEMoE got {len(vectors)} fine-tuned modules for a router with {self.num_tasks} outputs.")
         module = copy.deepcopy(pretrained).requires_grad_(False)
-        theta_0 = _live_state(module)  # the parameters themselves
-        # By the tensor of θ_0 (dictionaries go by its id), not by its name, as tensors that are tied have several.
-        tau_of = {theta_0[name]: torch.stack([vector[name] for vector in vectors]) for name in vectors[0]}
+        path_of = {part: path for path, part in module.named_modules()}
 
         def merged_layer(part: nn.Module) -> nn.Module | None:
-            if type(part) is nn.Linear and part.weight in tau_of:
-                return (layer or MergedLinear)(part, tau_of)
-            if layer is MergedLayer or _merges_whole(part, tau_of):  # as what is no linear layer and holds weights
-                return MergedLayer(part, tau_of)
+            its_vectors = [_part(vector, path_of[part]) for vector in vectors]
+            if type(part) is nn.Linear and "weight" in its_vectors[0]:
+                return (layer or MergedLinear)(part, its_vectors)
+            if layer is MergedLayer or _merges_whole(part, its_vectors[0]):  # as another layer that holds weights
+                return MergedLayer(part, its_vectors)
             return None  # _replace asks its parts next
 
         self.pretrained = _replace(module, merged_layer)
@@ -792,9 +793,9 @@ def check_mergeable(module: nn.Module) -> None:
             raise ValueError(f"{name!r} {wrong}.")
 
 
-def _merges_whole(module: nn.Module, tau: Mapping[Tensor, Tensor]) -> bool:
+def _merges_whole(module: nn.Module, tau: Mapping[str, Tensor]) -> bool:
     """Whether it is merged as one: it holds weights, is computed from some, or has a table that is no sample's."""
-    own_weights = any("." not in name and isinstance(p, Tensor) and p in tau for name, p in _live_state(module).items())
+    own_weights = any("." not in name for name in tau)
     tables = nn.Embedding | nn.ParameterList | nn.ParameterDict  # as the positions of T5's attention
     has_table = any(isinstance(child, tables) for child in module.children())
     return own_weights or has_table or hasattr(module, "parametrizations")
