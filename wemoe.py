@@ -18,16 +18,19 @@ known, load that task's own model; if the models were not fine-tuned from one ch
 nothing.
 Shapes: B samples, T tasks, N tokens, D hidden size, `...` any token or spatial axes. Equations are the paper's.
 
-The first half of the file is the method. These are in the second half, which can be left unread:
+The first half of the file is the method. Of the second half, which can be left unread, it calls, besides helpers whose
+names tell what they do:
 
-    _live_state, _members, _at_least_float32    a model's tensors by name; models in a list or by task; a type for sums
-    _matching_weights, _check_…, check_…        refuse, in one sentence that names the place, what does not fit
-    _run_with           runs a module with λ: in a copy of it, made for this pass, each merged layer gets λ as `lam`
-    _with_weights       a copy of a layer that holds other tensors
+    _live_state, _members       a model's own tensors by name; models that are given in a list or by task
+    _matching_weights, _check_…, check_…    refuse, in one sentence that names the place, what does not fit
+    _run_with           runs a module in a shallow copy (tensors are shared), whose merged layers get λ as `lam`
+    _with_weights       a shallow copy of a layer, with other tensors in it
     _of_sample          the arguments of sample b alone
-    _replace            puts other modules in the place of a module's parts
-    _swap_hooks, _reach_inside                  hooks and attributes of a wrapped module are those of its wrapper
-    MergedLinear        what MergedLayer computes, for linear layers, fast
+    _replace            puts change(part) in a part's place, from the module itself inwards; where it is None, goes on
+                        to the parts of the part
+    _swap_hooks         moves hooks from a layer to its wrapper, or back
+    _reach_inside       finds in the wrapped module what the wrapper lacks
+    MergedLinear        a MergedLayer that is an nn.Linear, too: the same result for linear layers, faster
 """
 
 import copy
@@ -71,7 +74,7 @@ def task_arithmetic(pretrained: Model, task_vectors: Models, scaling: float | li
     Raises ValueError if there is not one λ for each task, or if a task vector's names or shapes are not those of θ_0.
     """
     vectors = _members(task_vectors)
-    scalings = torch.as_tensor(scaling, dtype=torch.float64).tolist()  # a float or a list, from numbers of any type
+    scalings = torch.as_tensor(scaling, dtype=torch.float64).tolist()  # a float, or a list of floats
     if isinstance(scalings, float):
         scalings = itertools.repeat(scalings)
     else:
@@ -123,7 +126,7 @@ class Router(nn.Module):
         if h.dim() < 2 or h.shape[-1] != self.hidden_size:
             raise ValueError(f"The router takes inputs of shape (B, ..., {self.hidden_size}), got {tuple(h.shape)}.")
         tokens = h[:, None] if h.dim() == 2 else h.flatten(1, -2)  # (B, N, D)
-        hidden = self.layers[:-1](tokens.to(self.layers[-1].weight.dtype))  # of depth 1: the tokens
+        hidden = self.layers[:-1](tokens.to(self.layers[-1].weight.dtype))  # at depth 1, layers[:-1] is empty
         mean = hidden.mean(1) if mask is None else _masked_mean(hidden, mask)
         return self.layers[-1](mean)
 
@@ -134,8 +137,8 @@ class Router(nn.Module):
 class MergedLayer(nn.Module):
     """Any layer, with weights of its own for each sample: merge θ_0 + Σ_t λ_bt τ_t, run sample b, then the next one.
 
-    `layer` holds θ_0, `vectors` are its T task vectors. The WEMoE module that it is in makes λ: for each forward pass,
-    it makes a copy of its layers and sets `lam` in them.
+    `layer` holds θ_0, `vectors` are its T task vectors. For each forward pass, the WEMoE module that it is in sets
+    `lam` in shallow copies of its layers: a checkpoint that runs again in the backward pass finds its own λ there.
     This loop over samples is the definition, and what becomes of layer norms, convolutions and the like. A linear layer
     becomes a MergedLinear, which gives the same result faster, in a `for_each` of its own.
     """
@@ -145,9 +148,9 @@ class MergedLayer(nn.Module):
         self.layer, self.training = layer, layer.training
         self.lam: Tensor | None = None  # (B, T), or (1, T) for all samples
         self.names: dict[str, int] = {}  # "weight" -> 0 if its τ is tau_0; names of one tensor (tied ones) share it
-        theta_0, index = _live_state(layer), {}
+        index: dict[Tensor, int] = {}  # dictionaries tell tensors apart by identity
         for name in vectors[0]:
-            i = self.names[name] = index.setdefault(theta_0[name], len(index))
+            i = self.names[name] = index.setdefault(operator.attrgetter(name)(layer), len(index))
             tau = torch.stack([vector[name] for vector in vectors])  # (T, *shape)
             # Not as a buffer, which DistributedDataParallel would send around.
             self.register_parameter(f"tau_{i}", nn.Parameter(tau, requires_grad=False))
@@ -170,7 +173,7 @@ class MergedLayer(nn.Module):
         return weights
 
     def forward(self, *args, **kwargs):
-        _begin_pass(self, _first_tensor(args, kwargs))  # has it a λ for each sample? and batch norm is set to evaluate
+        _begin_pass(self, _first_tensor(args, kwargs))  # refuses what has not B samples; sets batch norm to evaluate
         if len(self.lam) == 1:
             return self.for_all(self.lam[0], *args, **kwargs)
         return self.for_each(self.lam, *args, **kwargs)
@@ -200,9 +203,9 @@ class WEMoE(nn.Module):
     `pretrained` is any module whose first input is a tensor (B, ..., D); `finetuned` are T modules of the same
     structure, or their state dicts. `router` maps that input to λ (B, T), or (1, T) for all samples, and takes the
     keyword `mask` if set_token_mask is used; if it has a `depth` of 0, λ is constant. Only the router is trainable.
-    `layer` is a class like MergedLinear, by which linear layers are replaced. Or it is MergedLayer: then the module is
-    not taken apart, but is itself the layer that merges, as is needed where a module reshapes the batch inside
-    (windows, beams), so that its layers do not see B samples.
+    By default, each nn.Linear in it becomes a MergedLinear, each other part with weights of its own a MergedLayer. As
+    `layer`, another class takes the place of MergedLinear; with MergedLayer, the whole module becomes one, as is needed
+    where it reshapes the batch inside (windows, beams).
     Attributes: `router`, and `pretrained`, the module with merged layers (of θ_0 and all τ) in it.
     Raises ValueError if the modules differ in structure or in number from the routing weights, or if a module cannot
     run with weights from outside.
@@ -217,21 +220,22 @@ class WEMoE(nn.Module):
         if len(vectors) == 0 or len(vectors) != self.num_tasks:
             raise ValueError(f"WEMoE got {len(vectors)} fine-tuned modules for a router with {self.num_tasks} outputs.")
         module = copy.deepcopy(pretrained).requires_grad_(False)
+        vectors = [by_path(module, vector) for vector in vectors]  # a state dict may have other names
         path_of = {part: path for path, part in module.named_modules()}
 
         def merged_layer(part: nn.Module) -> nn.Module | None:
             its_vectors = [_part(vector, path_of[part]) for vector in vectors]
             if type(part) is nn.Linear and "weight" in its_vectors[0]:
                 return (layer or MergedLinear)(part, its_vectors)
-            if layer is MergedLayer or _merges_whole(part, its_vectors[0]):  # as another layer that holds weights
+            if layer is MergedLayer or _merges_whole(part, its_vectors[0]):  # has weights of its own, as LayerNorm
                 return MergedLayer(part, its_vectors)
             return None  # _replace asks its parts next
 
         self.pretrained = _replace(module, merged_layer)
         self.router = router
         self.training = pretrained.training
-        self.routing = _Routing()
-        self.mask = self.attention_mask = None  # for texts, (B, N): see set_token_mask
+        self.routing = _Routing()  # returns λ as it is; hooks on it record λ, or replace it
+        self.mask = self.attention_mask = None  # of a text's tokens, (B, N): by set_token_mask, or the model's argument
 
     def route(self, h: Tensor) -> Tensor:
         """λ (B, T) for the input (B, ..., D), or (1, T) where all samples share one, so that layers merge once."""
@@ -315,7 +319,7 @@ def negative_information(logits: Tensor) -> Tensor:
     For mean entropy alone, one confident answer to everything is as good as any; this asks for diverse answers, too
     (Bridle et al., NeurIPS 1991; Liang et al., arXiv 2002.08546), and wants batches in which most classes appear.
     """
-    log_sum = _log_softmax(logits).logsumexp(0)  # log Σ_b p_b: as logits, up to a constant, those of mean_b p_b
+    log_sum = _log_softmax(logits).logsumexp(0)  # log Σ_b p_b; entropy normalises it to mean_b p_b
     return mean_entropy(logits) - entropy(log_sum)
 
 
@@ -359,7 +363,7 @@ def adapt(
     batches = {task: _endless(task, loader, trainable[0].device) for task, loader in loaders.items()}
     history = []
     last = list(loaders)[-1]  # after which a distributed model exchanges gradients, once a step
-    no_exchange = getattr(model, "no_sync", nullcontext)
+    no_sync = getattr(model, "no_sync", nullcontext)
     with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
         for step in range(start + 1, steps + 1):
             cosine = (1 + math.cos(math.pi * (step - 1) / steps)) / 2
@@ -369,7 +373,7 @@ def adapt(
             entropies: dict[str, Tensor] = {}  # reported, whatever the objective is
             for task in loaders:
                 batch = next(batches[task])
-                with nullcontext() if task == last else no_exchange():
+                with nullcontext() if task == last else no_sync():
                     logits = heads[task](model(batch) if isinstance(batch, Tensor) else model(**batch))
                     _check_logits(task, logits)
                     objective(logits).backward()
@@ -417,8 +421,10 @@ def unload(model: nn.Module) -> nn.Module:
             raise ValueError(f"Only routers of depth 0 can be unloaded, not {what}.")
         lam = module.router(torch.empty(1, 0)).detach()[0]  # (T,), whatever the input
         merged = [part for part in module.pretrained.modules() if isinstance(part, MergedLayer)]
-        for part, weights in [(part, part.weights(lam)) for part in merged]:  # all first: layers may share a tensor
-            part.layer.load_state_dict(weights, strict=False)
+        weights = [part.weights(lam) for part in merged]  # all before θ_0 is overwritten, which layers may share
+        for part, weights_of_part in zip(merged, weights):
+            for name, weight in weights_of_part.items():
+                operator.attrgetter(name)(part.layer).copy_(weight)
             _swap_hooks(part)  # back to the layer
         return _replace(module.pretrained, lambda part: part.layer if isinstance(part, MergedLayer) else None)
 
@@ -715,6 +721,13 @@ def _part(model: Model, name: str) -> Model:
         return model.get_submodule(name)
     prefix = f"{name}." if name else ""
     return {key.removeprefix(prefix): p for key, p in model.items() if key.startswith(prefix)}
+
+
+def by_path(module: nn.Module, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The task vector's entries by where in the module their tensors are, which hooks may name otherwise in states."""
+    tau_of = {p: vector[name] for name, p in _live_state(module).items() if name in vector}
+    named = *module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)
+    return {path: tau_of[p] for path, p in named if p in tau_of}
 
 
 def _at_least_float32(p: Tensor) -> torch.dtype:

@@ -254,9 +254,10 @@ class AdaMerging(MergedLayer):
             fitting = wemoe.task_vector(pretrained, tau)  # refuses what does not fit
         model = copy.deepcopy(pretrained).requires_grad_(False)
         theta_0 = {name: p for name, p in model.state_dict(keep_vars=True).items() if name in fitting}
-        super().__init__(model, {p: torch.stack([v[n].detach().to(p) for v in vectors]) for n, p in theta_0.items()})
+        vectors = [{name: v[name].detach().to(p) for name, p in theta_0.items()} for v in vectors]
+        super().__init__(model, [wemoe.by_path(model, v) for v in vectors])
         self.clamp = clamp
-        index = {attrgetter(names[0])(model): i for i, names in enumerate(self.names)}
+        index = {attrgetter(path)(model): i for path, i in self.names.items()}
         self.entries = {name: index[p] for name, p in theta_0.items()}  # of the state dict; a tied tensor has one λ
         shape = len(index) if layer_wise else 1, len(vectors)
         self.lam = nn.Parameter(torch.full(shape, float(init_lambda), device=next(iter(index)).device))
@@ -335,8 +336,8 @@ class SparseLinear(MergedLinear):
     `layer=partial(SparseLinear, keep=0.1)` for `wemoe.upscale`. Raises ValueError unless 0 < keep <= 1.
     """
 
-    def __init__(self, linear: nn.Linear, tau: Mapping[Tensor, Tensor], keep: float):
-        super().__init__(linear, tau)
+    def __init__(self, linear: nn.Linear, vectors: Vectors, keep: float):
+        super().__init__(linear, vectors)
         dense = self._parameters.pop("tau_0").detach()
         self.shape, flat = dense.shape, dense.flatten(1)
         kept = flat.abs().topk(_share(keep, flat.shape[1])).indices  # (T, kept)
@@ -365,8 +366,8 @@ class LowRankLinear(MergedLinear):
     `layer=partial(LowRankLinear, rank=16)` for `wemoe.upscale`. Raises ValueError for a rank below 1.
     """
 
-    def __init__(self, linear: nn.Linear, tau: Mapping[Tensor, Tensor], rank: int):
-        super().__init__(linear, tau)
+    def __init__(self, linear: nn.Linear, vectors: Vectors, rank: int):
+        super().__init__(linear, vectors)
         u, v = _factors(self._parameters.pop("tau_0").detach(), rank)
         self.u = nn.Parameter(u.movedim(1, 0).contiguous(), requires_grad=False)  # (D_out, T, r)
         self.v = nn.Parameter(v.contiguous(), requires_grad=False)  # (T, r, D_in)
