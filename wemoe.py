@@ -21,9 +21,12 @@ Shapes: B samples, T tasks, N tokens, D hidden size, `...` any token or spatial 
 The first half of the file is the method. Of the second half, which can be left unread, it calls, besides helpers whose
 names tell what they do:
 
+    _matching_weights   both models' floating-point tensors by name, or a ValueError
+    _check_…, check_…   refuse what cannot work, in one sentence
     _live_state, _members       a model's own tensors by name; models that are given in a list or by task
-    _matching_weights, _check_…, check_…    refuse, in one sentence that names the place, what does not fit
-    _run_with           runs a module in a shallow copy (tensors are shared), whose merged layers get λ as `lam`
+    by_path             a task vector by attribute paths, from which names in a state dict may differ
+    _run_with           runs a shallow copy of a module (tensors are shared), whose merged layers hold λ
+    _begin_pass         refuses what has not B samples; from here on, batch norm uses its running statistics
     _with_weights       a shallow copy of a layer, with other tensors in it
     _of_sample          the arguments of sample b alone
     _replace            puts change(part) in a part's place, from the module itself inwards; where it is None, goes on
@@ -115,7 +118,7 @@ class Router(nn.Module):
             return
         hidden = [nn.Linear(hidden_size, hidden_size), nn.ReLU()] if depth == 2 else []
         self.layers = nn.Sequential(*hidden, nn.Linear(hidden_size, num_tasks))
-        for linear in self.layers[::2]:
+        for linear in self.layers[::2]:  # not the ReLU
             nn.init.normal_(linear.weight, std=0.01)
             nn.init.zeros_(linear.bias)
         nn.init.constant_(self.layers[-1].bias, init_lambda)
@@ -137,22 +140,17 @@ class Router(nn.Module):
 class MergedLayer(nn.Module):
     """Any layer, with weights of its own for each sample: merge θ_0 + Σ_t λ_bt τ_t, run sample b, then the next one.
 
-    `layer` holds θ_0, `vectors` are its T task vectors. For each forward pass, the WEMoE module that it is in sets
-    `lam` in shallow copies of its layers: a checkpoint that runs again in the backward pass finds its own λ there.
-    This loop over samples is the definition, and what becomes of layer norms, convolutions and the like. A linear layer
-    becomes a MergedLinear, which gives the same result faster, in a `for_each` of its own.
+    `layer` holds θ_0, `vectors` are its T task vectors. `lam` stays None here: each forward pass of the WEMoE module
+    around runs in a shallow copy (see _run_with) that holds its λ, so that no later pass overwrites it before the
+    backward pass. This loop over samples is the definition; MergedLinear computes the same faster.
     """
 
     def __init__(self, layer: nn.Module, vectors: list[dict[str, Tensor]]):
         nn.Module.__init__(self)  # MergedLinear is an nn.Linear, too, whose own __init__ would make new weights
         self.layer, self.training = layer, layer.training
-        self.lam: Tensor | None = None  # (B, T), or (1, T) for all samples
-        self.names: dict[str, int] = {}  # "weight" -> 0 if its τ is tau_0; names of one tensor (tied ones) share it
-        index: dict[Tensor, int] = {}  # dictionaries tell tensors apart by identity
-        for name in vectors[0]:
-            i = self.names[name] = index.setdefault(operator.attrgetter(name)(layer), len(index))
-            tau = torch.stack([vector[name] for vector in vectors])  # (T, *shape)
-            # Not as a buffer, which DistributedDataParallel would send around.
+        self.lam: Tensor | None = None  # (B, T), or (1, T) for all samples; set in copies only
+        self.names, taus = _stack(layer, vectors)  # "weight" -> 0: its τ (T, *shape) is tau_0; tied names share one
+        for i, tau in enumerate(taus):  # not as buffers, which DistributedDataParallel would send around
             self.register_parameter(f"tau_{i}", nn.Parameter(tau, requires_grad=False))
         _swap_hooks(self)  # the layer's hooks are to run here, once, and see all samples
 
@@ -173,7 +171,7 @@ class MergedLayer(nn.Module):
         return weights
 
     def forward(self, *args, **kwargs):
-        _begin_pass(self, _first_tensor(args, kwargs))  # refuses what has not B samples; sets batch norm to evaluate
+        _begin_pass(self, _first_tensor(args, kwargs))
         if len(self.lam) == 1:
             return self.for_all(self.lam[0], *args, **kwargs)
         return self.for_each(self.lam, *args, **kwargs)
@@ -183,10 +181,11 @@ class MergedLayer(nn.Module):
         return _with_weights(self.layer, self.weights(lam))(*args, **kwargs)
 
     def for_each(self, lam: Tensor, *args, **kwargs):
-        """Sample b, alone, through the weights merged with λ_b, which the backward pass merges again: none are kept."""
+        """Sample b, alone, through the weights merged with λ_b."""
         outputs = []
         for b in range(len(lam)):
             one_args, one_kwargs = _of_sample(b, len(lam), args, kwargs)
+            # Merged weights are not kept, but merged again in the backward pass.
             outputs.append(checkpoint(self.for_all, lam[b], *one_args, use_reentrant=False, **one_kwargs))
         return tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *outputs)
 
@@ -215,27 +214,26 @@ class WEMoE(nn.Module):
         super().__init__()
         check_mergeable(pretrained)
         _check_batch_first(pretrained)
-        vectors = [task_vector(pretrained, module) for module in _members(finetuned)]
+        module = copy.deepcopy(pretrained).requires_grad_(False)
+        vectors = [by_path(module, task_vector(pretrained, model)) for model in _members(finetuned)]
         self.num_tasks = getattr(router, "num_tasks", len(vectors))
         if len(vectors) == 0 or len(vectors) != self.num_tasks:
             raise ValueError(f"WEMoE got {len(vectors)} fine-tuned modules for a router with {self.num_tasks} outputs.")
-        module = copy.deepcopy(pretrained).requires_grad_(False)
-        vectors = [by_path(module, vector) for vector in vectors]  # a state dict may have other names
         path_of = {part: path for path, part in module.named_modules()}
 
         def merged_layer(part: nn.Module) -> nn.Module | None:
             its_vectors = [_part(vector, path_of[part]) for vector in vectors]
-            if type(part) is nn.Linear and "weight" in its_vectors[0]:
+            if type(part) is nn.Linear and "weight" in its_vectors[0]:  # not one whose weight a hook computes
                 return (layer or MergedLinear)(part, its_vectors)
-            if layer is MergedLayer or _merges_whole(part, its_vectors[0]):  # has weights of its own, as LayerNorm
-                return MergedLayer(part, its_vectors)
-            return None  # _replace asks its parts next
+            return MergedLayer(part, its_vectors) if _has_own_weights(part, its_vectors[0]) else None
 
-        self.pretrained = _replace(module, merged_layer)
+        whole = layer is MergedLayer
+        self.pretrained = MergedLayer(module, vectors) if whole else _replace(module, merged_layer)
         self.router = router
         self.training = pretrained.training
-        self.routing = _Routing()  # returns λ as it is; hooks on it record λ, or replace it
-        self.mask = self.attention_mask = None  # of a text's tokens, (B, N): by set_token_mask, or the model's argument
+        self.routing = _Routing()  # the identity; hooks on it record λ, or replace it
+        # Of a text's tokens, (B, N): the model's argument, which goes first; or by set_token_mask.
+        self.attention_mask, self.mask = None, None
 
     def route(self, h: Tensor) -> Tensor:
         """λ (B, T) for the input (B, ..., D), or (1, T) where all samples share one, so that layers merge once."""
@@ -367,8 +365,9 @@ def adapt(
     with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
         for step in range(start + 1, steps + 1):
             cosine = (1 + math.cos(math.pi * (step - 1) / steps)) / 2
-            for group in optimizer.param_groups:  # the first rate is kept in the group, where a resumed run finds it
-                group["lr"] = group.setdefault("initial_lr", group["lr"]) * cosine
+            for group in optimizer.param_groups:
+                first_lr = group.setdefault("initial_lr", group["lr"])  # kept where a resumed run finds it
+                group["lr"] = first_lr * cosine
             optimizer.zero_grad()
             entropies: dict[str, Tensor] = {}  # reported, whatever the objective is
             for task in loaders:
@@ -387,7 +386,11 @@ def adapt(
     return history
 
 
-# ---- Looking at λ, and doing without ---------------------------------------------------------------------------------
+# ======================================================================================================================
+# The method ends here. The rest can be left unread: routing weights to look at, or merged for good; copies for one
+# forward pass; a linear layer that is fast; padding and generation of text; what is refused, with a sentence for each.
+
+# ---- Looking at λ, and merging constant routers for good -------------------------------------------------------------
 
 
 @contextmanager
@@ -430,10 +433,6 @@ def unload(model: nn.Module) -> nn.Module:
 
     return _replace(copy.deepcopy(model), unloaded)
 
-
-# ======================================================================================================================
-# The method ends here. It stands on the rest, which can be left unread: copies for one forward pass, a linear layer
-# that is fast, padding and generation of text, and what is refused, with one sentence for each.
 
 # ---- One forward pass: where λ is, and merged weights ----------------------------------------------------------------
 
@@ -730,6 +729,15 @@ def by_path(module: nn.Module, vector: Mapping[str, Tensor]) -> dict[str, Tensor
     return {path: tau_of[p] for path, p in named if p in tau_of}
 
 
+def _stack(layer: nn.Module, vectors: list[dict[str, Tensor]]) -> tuple[dict[str, int], list[Tensor]]:
+    """Task vectors as a list of τ (T, *shape), and which is whose by name; names of one tensor (tied ones) share it."""
+    tensors = {name: operator.attrgetter(name)(layer) for name in vectors[0]}
+    index = {p: i for i, p in enumerate(dict.fromkeys(tensors.values()))}  # dictionaries go by a tensor's identity
+    names = {name: index[p] for name, p in tensors.items()}
+    taus = {i: torch.stack([vector[name] for vector in vectors]) for name, i in names.items()}
+    return names, list(taus.values())
+
+
 def _at_least_float32(p: Tensor) -> torch.dtype:
     return torch.promote_types(p.dtype, torch.float32)
 
@@ -806,7 +814,7 @@ def check_mergeable(module: nn.Module) -> None:
             raise ValueError(f"{name!r} {wrong}.")
 
 
-def _merges_whole(module: nn.Module, tau: Mapping[str, Tensor]) -> bool:
+def _has_own_weights(module: nn.Module, tau: Mapping[str, Tensor]) -> bool:
     """Whether it is merged as one: it holds weights, is computed from some, or has a table that is no sample's."""
     own_weights = any("." not in name for name in tau)
     tables = nn.Embedding | nn.ParameterList | nn.ParameterDict  # as the positions of T5's attention
