@@ -61,7 +61,6 @@ def tiny(tmp_path_factory):
         config = {"embed_dim": 48, "quick_gelu": quick, "vision_cfg": TINY_VISION, "text_cfg": TINY_TEXT}
         (folder / f"{name}.json").write_text(json.dumps(config))
     open_clip.add_model_config(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -269,15 +268,16 @@ def test_a_safetensors_file_in_the_folder_itself_comes_first(tmp_path):
 
 
 class Evil:
-    """Unpickled in the ordinary way, it creates a file."""
+    """Unpickled in the ordinary way, it makes a call: of a function that torch blocks, or of one that it does not."""
 
-    def __init__(self, marker):
-        self.marker = marker
+    def __init__(self, function, argument):
+        self.call = function, (argument,)
 
     def __reduce__(self):
-        return os.system, (f"touch {self.marker}",)
+        return self.call
 
 
+BLOCKED, UNBLOCKED = Evil(os.system, "touch marker"), Evil(eval, "open('marker', 'w')")
 LAYER = "encoder.layers.0"
 MISTAKEN = [
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git-LFS pointer.*`git lfs pull`"),
@@ -294,7 +294,7 @@ BAD_WEIGHTS = [  # what becomes of a file: bytes, changes of its entries, or wha
     (EXPERT, None, "no files in .*clip-tiny_dtd; `hf download"),
     (EXPERT.replace("model.safetensors", "config.json"), b"{}", "no model.safetensors or pytorch_model.bin; it has: c"),
     (EXPERT, [1, 2], "pytorch_model.bin should hold tensors by name"),
-    (EXPERT, Evil("marker"), "pytorch_model.bin is not a readable .*posix.system.*never run.*safe format"),
+    (EXPERT, BLOCKED, "pytorch_model.bin is not a readable .*posix.system.*never run.*safe format"),
     (EXPERT, {f"{LAYER}.self_attn.q_proj.bias": None}, f"lacks {LAYER}.self_attn.q_proj.bias"),
     (EXPERT, {"text_model.embeddings": torch.zeros(3)}, "does not know: text_model.embeddings"),
     (
@@ -479,24 +479,17 @@ def test_truncated_files_are_refused(tmp_path, old):
     check()
 
 
-class EvilToo(Evil):
-    """By a function that torch does not block."""
-
-    def __reduce__(self):
-        return eval, (f"open({self.marker!r}, 'w')",)
-
-
 def test_malicious_modules_execute_nothing(tmp_path, old, shapes, monkeypatch):
     """Hidden within a module that is otherwise in order: the call is inert, or the file is refused."""
     monkeypatch.chdir(tmp_path)
     encoder = old.encoder(SimpleNamespace(visual=tower_like(6).visual, logit_scale=nn.Parameter(torch.zeros(()))))
-    for trap in (EvilToo("marker"), Evil("marker")):
+    for trap in (UNBLOCKED, BLOCKED):
         encoder.trap = trap
-        encoder.model.visual.conv1.trap = [trap, {"more": trap, Evil: [EvilToo]}]
+        encoder.model.visual.conv1.trap = [trap, {"more": trap, Evil: [Mock]}]
         torch.save(encoder, "evil.pt")
         torch.load("evil.pt", weights_only=False)
         Path("marker").unlink()  # so the file does work on the unwary
-        if isinstance(trap, EvilToo):
+        if trap is UNBLOCKED:
             tower = authors.read_tower(Path("evil.pt"), shapes)
             assert torch.equal(tower["conv1.weight"], encoder.model.visual.conv1.weight)
         else:

@@ -65,9 +65,8 @@ def moved(model: nn.Module, seed: int, scale: float = 0.3) -> nn.Module:
 
 def roberta(seed: int, labels: int = 2) -> transformers.RobertaForSequenceClassification:
     torch.manual_seed(0)
-    return moved(
-        transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**ROBERTA, num_labels=labels)), seed
-    )
+    config = transformers.RobertaConfig(**ROBERTA, num_labels=labels)
+    return moved(transformers.RobertaForSequenceClassification(config), seed)
 
 
 def flan_t5(seed: int) -> transformers.T5ForConditionalGeneration:
@@ -140,12 +139,7 @@ def test_glue_from_end_to_end(suite, started, tmp_path, monkeypatch, capsys):
     printed, folder = capsys.readouterr().out, tmp_path / suite
     assert "0.0 GB to download" in printed and "stsb is a regression" in printed
     assert "not adapted to" in (folder / "table.md").read_text()
-    assert {file.name for file in folder.glob("*.png")} == {
-        "accuracy.png",
-        "adaptation.png",
-        "costs.png",
-        "routing.png",
-    }
+    assert {file.stem for file in folder.glob("*.png")} == {"accuracy", "adaptation", "costs", "routing"}
     kept = {file: file.stat().st_mtime_ns for file in (folder / "cache").rglob("*.json")}
     assert started(suite, "--methods", *methods) == (status, results) and len(kept) == len(methods)
     assert kept == {file: file.stat().st_mtime_ns for file in (folder / "cache").rglob("*.json")}  # none was made again
