@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from data.files import InputError, one_line, some
-from data.paper.hub import TASKS, Architecture, refuse_unusable
+from data.files import InputError, some
+from data.paper.hub import TASKS, Architecture, refuse_unusable, refusing
 
 
 class Inert:
@@ -32,13 +32,10 @@ def read_module(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises InputError when the file is missing, damaged, in the format of torch before 1.6, or asks for the system.
     """
-    try:
+    with refusing(f"{path} is not a module that torch.save wrote since torch 1.6"):
         with safe_globals([(Inert, name) for name in get_unsafe_globals_in_checkpoint(path)]):
             module = torch.load(path, "cpu", weights_only=True)
         return dict(entries(module)), getattr(module, "state", {})
-    except Exception as error:  # a damaged or hostile pickle may fail in any way
-        cause = one_line(error.__context__ or error)  # without torch's advice to run what is in the file
-        raise InputError(f"{path} is not a module that torch.save wrote since torch 1.6: {cause}") from error
 
 
 def entries(module: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

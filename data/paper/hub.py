@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import open_clip
@@ -100,7 +101,9 @@ def refusing(sentence: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise InputError(f"{sentence}: {one_line(error)}") from error
+        # Of torch.load, without its advice to run what is in the file.
+        cause = error.__context__ if isinstance(error, UnpicklingError) else error
+        raise InputError(f"{sentence}: {one_line(cause or error)}") from error
 
 
 class Repository(NamedTuple):
@@ -335,12 +338,9 @@ def load_expert(arch: Architecture, task: str, visual: nn.Module, hub: Path | No
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a weight file by name. Code in a pickle is never run. Raises InputError, saying what is there."""
     safe = path.suffix == ".safetensors"
-    try:
+    advice = "" if safe else " (code in a pickle is never run, and model.safetensors is the safe format)"
+    with refusing(f"{path} is not a readable weight file{advice}"):
         state = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # a damaged file fails in many ways
-        cause = one_line(error.__context__ or error)  # without torch's advice to run what is in the file
-        advice = "" if safe else "; code in a pickle is never run, and model.safetensors is the safe format"
-        raise InputError(f"{path} is not a readable weight file: {cause}{advice}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path} should hold tensors by name, the state dict of a CLIPVisionModel, and nothing else")
     return state
