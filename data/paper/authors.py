@@ -4,17 +4,17 @@ They are whole modules, pickled with classes of an old open_clip and of a packag
 cannot load them. torch's restricted unpickler can, if every class and function that a file names is an inert stand-in.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import open_clip
 import torch
 from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from data.files import InputError, one_line, some
-from data.paper.hub import TASKS, Architecture, refuse_unusable
+from data.files import InputError, some
+from data.paper.hub import TASKS, Architecture, refuse_unusable, refusing
 
 
 class Inert:
@@ -32,48 +32,39 @@ def read_module(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises InputError when the file is missing, damaged, in the format of torch before 1.6, or asks for the system.
     """
-    try:
+    with refusing(f"{path} is not a module that torch.save wrote since torch 1.6"):
         with safe_globals([(Inert, name) for name in get_unsafe_globals_in_checkpoint(path)]):
             module = torch.load(path, "cpu", weights_only=True)
         return dict(entries(module)), getattr(module, "state", {})
-    except Exception as error:  # a damaged or hostile pickle may fail in any way
-        cause = one_line(error.__context__ or error)  # without torch's advice to run what is in the file
-        raise InputError(f"{path} is not a module that torch.save wrote since torch 1.6: {cause}") from error
 
 
 def entries(module: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """The parameters and buffers of an unpickled module by name, as its state_dict() would have given them."""
     fields = {"_parameters": module} if isinstance(module, dict) else getattr(module, "state", {})
-    for kind in ("_parameters", "_buffers"):
-        for name, value in fields.get(kind, {}).items():
-            if isinstance(value, Tensor):
-                yield prefix + name, value.detach()
+    for name, value in {**fields.get("_parameters", {}), **fields.get("_buffers", {})}.items():
+        if isinstance(value, Tensor):
+            yield prefix + name, value.detach()
     for name, child in fields.get("_modules", {}).items():
         yield from entries(child, f"{prefix}{name}.")
 
 
-class AuthorsExperts(NamedTuple):
-    """Pre-trained vision tower, fine-tuned vision towers (state dicts for it) and heads (D, C), by task."""
+def load_authors_experts(
+    arch: Architecture, directory: Path, tasks: Collection[str] = TASKS
+) -> tuple[nn.Module, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """The checkpoints of Ilharco et al. (arXiv 2212.04089), with which the paper's numbers were made: the pre-trained
+    vision tower, fine-tuned vision towers (state dicts for it) and heads (D, C), by task.
 
-    visual: nn.Module
-    experts: dict[str, dict[str, Tensor]]
-    heads: dict[str, Tensor]
-
-
-def load_authors_experts(arch: Architecture, directory: Path, tasks: Iterable[str] = TASKS) -> AuthorsExperts:
-    """The checkpoints of Ilharco et al. (arXiv 2212.04089), with which the paper's numbers were made.
-
-    They are whole modules pickled with classes that no longer exist, in the layout DIR/ViT-B-32/{zeroshot.pt,
-    SUN397/finetuned.pt, head_SUN397.pt}. The heads' weights include the logit scale already. Raises InputError.
+    They lie in the layout DIR/ViT-B-32/{zeroshot.pt, SUN397/finetuned.pt, head_SUN397.pt}. The heads' weights include
+    the logit scale already. Raises InputError.
     """
-    folder, tasks = Path(directory) / arch.name, list(tasks)
+    folder = Path(directory) / arch.name
     with torch.device("meta"):  # structure only: the numbers come from the file
         visual = open_clip.CLIP(**open_clip.get_model_config(arch.model)).visual
     shapes = {name: value.shape for name, value in visual.state_dict().items()}
     visual.load_state_dict(read_tower(folder / "zeroshot.pt", shapes), assign=True)
     experts = {task: read_tower(folder / task / "finetuned.pt", shapes) for task in tasks}
     heads = {task: read_head(folder / f"head_{task}.pt", task, visual.output_dim) for task in tasks}
-    return AuthorsExperts(visual.eval(), experts, heads)
+    return visual.eval(), experts, heads
 
 
 def read_tower(path: Path, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:

@@ -11,16 +11,17 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import open_clip
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub import HfApi, HfFileSystem, constants, hf_hub_download
 from huggingface_hub.file_download import repo_folder_name
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from open_clip.utils import to_2tuple
@@ -94,6 +95,17 @@ def preprocessing(arch: Architecture) -> PreprocessCfg:
 # ------------------------------------------------------------------------------------------------ the hub or its mirror
 
 
+@contextmanager
+def refusing(sentence: str) -> Iterator[None]:
+    """Whatever goes wrong meanwhile is an InputError: the sentence, and the cause. Libraries raise what they like."""
+    try:
+        yield
+    except Exception as error:
+        # Of torch.load, without its advice to run what is in the file.
+        cause = error.__context__ if isinstance(error, UnpicklingError) else error
+        raise InputError(f"{sentence}: {one_line(cause or error)}") from error
+
+
 class Repository(NamedTuple):
     """One repository's files and their sizes in bytes, in a folder of a mirror or of the hub client's cache.
 
@@ -105,7 +117,6 @@ class Repository(NamedTuple):
     folder: Path
     sizes: dict[str, int]
     revision: str | None = None
-    card: Mapping[str, Any] = {}
 
     @property
     def where(self) -> object:
@@ -119,19 +130,32 @@ class Repository(NamedTuple):
     def fetch(self, file: str) -> Path:
         """The file on disk, downloaded if need be. Raises InputError when that fails or something else lies there."""
         path = self.on_disk(file)
-        try:
+        with refusing(f"cannot download {file} of {self.name}"):
             path = path or Path(hf_hub_download(self.name, file, repo_type=self.kind, revision=self.revision))
-        except Exception as error:  # the transports' errors have no common class
-            raise InputError(f"cannot download {file} of {self.name}: {one_line(error)}") from error
         refuse_mistaken(path)
         return path
 
-    def first(self, *files: str) -> str:
-        """The first of these files that exists. Raises InputError when none does."""
+    def bytes_of(self, *files: str) -> Counter[str]:
+        """The bytes of these files that are to "download", and of those that are "present"."""
+        size = Counter()
         for file in files:
-            if file in self.sizes:
-                return file
-        raise InputError(f"{self.where} has no {' or '.join(files)}; it has: {some(self.sizes)}")
+            size["present" if self.on_disk(file) else "download"] += self.sizes.get(file, 0)
+        return size
+
+    def rows(self, file: str) -> int:
+        """How many a parquet file has. It says so in its last bytes: no more is read of one that is on the hub."""
+        with refusing("a parquet file cannot be read"):
+            source = self.on_disk(file) or HfFileSystem().open(f"datasets/{self.name}/{file}", revision=self.revision)
+            return pq.read_metadata(source).num_rows
+
+    def first(self, *names: str, folder: str = "") -> str:
+        """The first of these files in a folder, or in the nearest below it. Raises InputError when there is none."""
+        files = [file for file in self.sizes if file.startswith(folder)]
+        found = [file for file in files if Path(file).name in names]
+        if not found:
+            where = f"{self.where}{folder and ' in ' + folder}"
+            raise InputError(f"{where} has no {' or '.join(names)}; it has: {some(files)}")
+        return min(found, key=lambda file: (file.count("/"), names.index(Path(file).name)))
 
 
 def repository(name: str, kind: str, hub: Path | None) -> Repository:
@@ -141,25 +165,21 @@ def repository(name: str, kind: str, hub: Path | None) -> Repository:
     (`snapshot_download` without a network finds only what refs/main names, and a download by commit writes none.)
     Raises InputError when it is neither in the mirror, nor on the hub, nor in the cache.
     """
-    if hub is not None:
-        folder = Path(hub) / name
-    else:
+    folder, trouble = Path(hub or "", name), None
+    if hub is None:
         snapshots = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=kind), "snapshots")
         try:
             info = HfApi().repo_info(name, repo_type=kind, files_metadata=True)
             sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-            return Repository(name, kind, snapshots / info.sha, sizes, info.sha, info.card_data or {})
+            return Repository(name, kind, snapshots / info.sha, sizes, info.sha)
         except Exception as error:
-            found = [(len(files_in(path)), path.stat().st_mtime, path) for path in snapshots.glob("*")]
-            count, _, folder = max(found, default=(0, 0, None))
-            if not count:
-                message = f"cannot reach {name} on the model hub ({one_line(error)}); --hub DIR reads a mirror on disk"
-                raise InputError(message) from error
-    sizes = files_in(folder)
-    if not sizes:
-        command = f"hf download {name} --repo-type {kind} --local-dir {folder}"
-        raise InputError(f"the mirror has no files in {folder}; `{command}` gets them")
-    return Repository(name, kind, folder, sizes)
+            trouble = f"cannot reach {name} on the model hub ({one_line(error)}); --hub DIR reads a mirror on disk"
+        kept = snapshots.glob("*")
+        folder = max(kept, key=lambda path: (len(files_in(path)), path.stat().st_mtime), default=snapshots)
+    if sizes := files_in(folder):
+        return Repository(name, kind, folder, sizes)
+    command = f"hf download {name} --repo-type {kind} --local-dir {folder}"
+    raise InputError(trouble or f"the mirror has no files in {folder}; `{command}` gets them")
 
 
 def files_in(folder: Path) -> dict[str, int]:
@@ -182,13 +202,13 @@ def shards(repo: Repository, config: str | None, split: str) -> list[str]:
     Raises InputError for a missing split, for missing shards, and for shards of several versions or configurations.
     """
     found = [match for file in sorted(repo.sizes) if (match := SHARD.fullmatch(file))]
-    found = [match for match in found if config in (None, (match["folder"] or "").split("/")[-1])]
-    files = [match[0] for match in found if match["split"] == split]
+    found = [match for match in found if config in (None, Path(match["folder"] or "").name)]
+    parts = [(m["folder"], int(m["count"] or 1), int(m["number"] or 0)) for m in found if m["split"] == split]
     where = f"{repo.where}{f', configuration {config},' if config else ''}"
-    if not files:
+    if not parts:
         splits = some({match["split"] for match in found})
         raise InputError(f"{where} has no split {split!r} in parquet files; it has: {splits}")
-    parts = [(m["folder"], int(m["count"] or 1), int(m["number"] or 0)) for m in found if m["split"] == split]
+    files = [match[0] for match in found if match["split"] == split]
     folder, count, _ = parts[0]
     if parts != [(folder, count, number) for number in range(count)]:
         raise InputError(f"{where} should have all shards of the split {split!r} in one folder, but has: {some(files)}")
@@ -197,11 +217,8 @@ def shards(repo: Repository, config: str | None, split: str) -> list[str]:
 
 def refuse_mistaken(path: Path) -> None:
     """Raise InputError for what is often found in the place of a large file."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(2**16)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {one_line(error)}") from error
+    with refusing(f"{path} cannot be read"), open(path, "rb") as file:
+        start = file.read(2**16)
     if start.startswith(b"version https://git-lfs"):
         raise InputError(f"{path} is a git-LFS pointer, not the file itself: `git lfs pull` gets it")
     # The first byte would not do: a safetensors file of which the header has 60 bytes begins with "<", too.
@@ -229,54 +246,34 @@ def plan(
 
     Raises InputError when the hub cannot be reached or a file is missing, so that a long run does not start in vain.
     """
-    size, passing, prep = Counter(download=0, decode=0, present=0), 0, preprocessing(arch)
-
-    def need(repo: Repository, files: list[str]) -> None:
-        for file in files:
-            size["present" if repo.on_disk(file) else "download"] += repo.sizes[file]
-
+    size, passing, prep = Counter(), 0, preprocessing(arch)
     if weights and arch.repo:
         repo = repository(arch.repo, "model", hub)
-        need(repo, [repo.first(*PRETRAINED_FILES)])
+        size += repo.bytes_of(repo.first(*PRETRAINED_FILES))
     for task in map(TASKS.get, tasks):
         if experts:
             repo = repository(expert_repo(arch, task.name), "model", hub)
-            need(repo, [repo.first(*WEIGHT_FILES)])
+            size += repo.bytes_of(repo.first(*WEIGHT_FILES))
         repo = repository(task.repo, "dataset", hub)
         for split in splits:
             files = shards(repo, task.config, split)
-            need(repo, files)
-            paths = [repo.on_disk(file) for file in files]
-            count = rows(paths) if all(paths) else announced_rows(repo.card, task, split)
-            done = all(paths) and cache_path(task, prep, cache, repo, paths, split, limit).exists()
+            size += repo.bytes_of(*files)
+            count = sum(map(repo.rows, files))
+            done = cache_path(task, prep, cache, repo, files, split, limit).exists()
             size["present" if done else "decode"] += min(count, limit or count) * math.prod(prep.input_size)
             passing = max(passing, 0 if done else sum(repo.sizes[file] for file in files))
     size["decode"] += passing  # a copy of one split at a time, until it is decoded
     return size
 
 
-def rows(paths: Iterable[Path]) -> int:
-    try:
-        return sum(pq.read_metadata(path).num_rows for path in paths)
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"a parquet file cannot be read: {one_line(error)}") from error
-
-
-def announced_rows(card: Mapping[str, Any], task: Task, split: str) -> int:
-    """The number of images that the data set's card states; for the test split the facts file knows it anyway."""
-    infos = card.get("dataset_info") or []
-    infos = [infos] if isinstance(infos, Mapping) else infos
-    splits = [s for info in infos if task.config in (None, info.get("config_name")) for s in info.get("splits", ())]
-    return next((int(entry["num_examples"]) for entry in splits if entry.get("name") == split), task.images)
-
-
 def cache_path(
-    task: Task, prep: PreprocessCfg, cache: Path, repo: Repository, paths: list[Path], split: str, limit: int | None
+    task: Task, prep: PreprocessCfg, cache: Path, repo: Repository, files: list[str], split: str, limit: int | None
 ) -> Path:
     """The decoded images' file, named after all that they depend on: the source files' sizes and times among it."""
     kinds = Image.registered_extensions()  # a parquet file may name images that lie beside it
-    beside = [repo.on_disk(file) for file in sorted(repo.sizes) if Path(file).suffix.lower() in kinds]
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in filter(None, [*paths, *beside])]
+    beside = [file for file in sorted(repo.sizes) if Path(file).suffix.lower() in kinds]
+    paths = filter(None, map(repo.on_disk, [*files, *beside]))
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     key = fingerprint(task.repo, task.config, task.image_column, split, vars(prep), stats)
     first = f"-first{limit}" if limit else ""
     return Path(cache) / f"{task.name}-{split}{first}-{key}.npy"
@@ -284,13 +281,11 @@ def cache_path(
 
 def check_space(size: Counter[str], cache: Path) -> None:
     """Raise InputError when what is to be made does not fit the free space of the file systems that it goes to."""
-    needed: Counter[int] = Counter()
-    places = {}
+    needed: Counter[int] = Counter()  # by file system
     for what, folder in (("download", Path(constants.HF_HUB_CACHE)), ("decode", Path(cache))):
         place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-        places[place.stat().st_dev] = place
-        needed[place.stat().st_dev] += size[what]
-    for device, place in places.items():
+        device = place.stat().st_dev
+        needed[device] += size[what]
         if needed[device] > (free := shutil.disk_usage(place).free):
             short = f"{place} has {free / 1e9:.1f} GB free, but {needed[device] / 1e9:.1f} GB are needed there"
             raise InputError(f"{short}: {summary(size)}; free some, or move --cache or the hub's HF_HOME")
@@ -318,11 +313,8 @@ def load_pretrained(arch: Architecture, hub: Path | None = None) -> open_clip.CL
     if hub is not None:
         repo = repository(arch.repo, "model", hub)
         source = str(repo.fetch(repo.first(*PRETRAINED_FILES)))
-    try:
+    with refusing(f"cannot load the weights of {arch.model} from {source}"):
         model = open_clip.create_model(arch.model, source, force_quick_gelu=tag.get("quick_gelu", False))
-    except Exception as error:  # open_clip lets through whatever torch, safetensors and the hub client raise
-        raise InputError(f"cannot load the weights of {arch.model} from {source}: {one_line(error)}") from error
-    open_clip.set_model_preprocess_cfg(model, vars(preprocessing(arch)))
     refuse_infinite(model.state_dict(), source)
     return model.eval()
 
@@ -346,12 +338,9 @@ def load_expert(arch: Architecture, task: str, visual: nn.Module, hub: Path | No
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a weight file by name. Code in a pickle is never run. Raises InputError, saying what is there."""
     safe = path.suffix == ".safetensors"
-    try:
+    advice = "" if safe else " (code in a pickle is never run, and model.safetensors is the safe format)"
+    with refusing(f"{path} is not a readable weight file{advice}"):
         state = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # a damaged file fails in many ways
-        cause = one_line(error.__context__ or error)  # without torch's advice to run what is in the file
-        advice = "" if safe else "; code in a pickle is never run, and model.safetensors is the safe format"
-        raise InputError(f"{path} is not a readable weight file: {cause}{advice}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path} should hold tensors by name, the state dict of a CLIPVisionModel, and nothing else")
     return state
@@ -366,11 +355,8 @@ def from_hugging_face(state: Mapping[str, Tensor], visual: nn.Module, source: An
     own = visual.state_dict()
     prefix = "vision_model." if any(name.startswith("vision_model.") for name in state) else ""
     parts = {name: [prefix + part for part in hugging_face_names(name)] for name in own if name != "proj"}
-    shapes = {}
-    for name, names in parts.items():
-        shapes.update((part, rows.shape) for part, rows in zip(names, own[name].chunk(len(names))))
-    state = {name: value for name, value in state.items() if not name.endswith("position_ids")}
-    refuse_unusable(state, shapes, source)
+    shapes = {part: own[name].chunk(len(names))[0].shape for name, names in parts.items() for part in names}
+    refuse_unusable({n: p for n, p in state.items() if not n.endswith("position_ids")}, shapes, source)
     tower = {name: torch.cat([state[part].float() for part in names]) for name, names in parts.items()}
     return {name: tower[name] if name in tower else own[name].clone() for name in own}
 

@@ -16,7 +16,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from filelock import FileLock
@@ -26,7 +25,7 @@ from torchvision.transforms import Compose
 from torchvision.transforms.functional import normalize
 
 from data.files import InputError, make_folder, one_line, read_kept, some, write
-from data.paper.hub import TASKS, Task, cache_path, repository, shards
+from data.paper.hub import TASKS, Task, cache_path, refusing, repository, shards
 
 
 def image_set(
@@ -49,12 +48,13 @@ def image_set(
     if limit is not None and limit < 1:
         raise InputError(f"the limit on the images of a test set should be at least 1, not {limit}")
     repo = repository(spec.repo, "dataset", hub)
-    paths = [repo.fetch(file) for file in shards(repo, spec.config, split)]
+    files = shards(repo, spec.config, split)
+    paths = [repo.fetch(file) for file in files]
     where = f"{task}, split {split} of {spec.repo}"
     labels = read_labels(spec, where, paths)
     count = min(limit or len(labels), len(labels))
     chosen = np.linspace(0, (len(labels) if spaced else count) - 1, count).round().astype(int)
-    file = cache_path(spec, prep, cache, repo, paths, f"{split}-spaced" if spaced else split, limit)
+    file = cache_path(spec, prep, cache, repo, files, f"{split}-spaced" if spaced else split, limit)
     make_folder(file.parent)
     with FileLock(f"{file}.lock"):
         for left in file.parent.glob(f"{file.name}.*.*"):  # by a run that was killed as it decoded
@@ -89,16 +89,14 @@ def read_labels(task: Task, where: str, paths: list[Path]) -> np.ndarray:
     """
     labels = []
     for path in paths:
-        try:
-            with pq.ParquetFile(path) as file:
-                schema = file.schema_arrow
-                if missing := {task.image_column, task.label_column} - set(schema.names):
-                    raise InputError(f"{where} has no column {some(missing)}; it has: {some(schema.names)}")
-                found = file.read([task.label_column]).column(0).to_pylist()
-            note = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-            names = note.get("info", {}).get("features", {}).get(task.label_column, {}).get("names")
-        except (OSError, pa.ArrowException, json.JSONDecodeError, AttributeError) as error:
-            raise InputError(f"{where}: {path} is not a readable parquet file: {one_line(error)}") from error
+        with refusing(f"{where}: {path} is not a readable parquet file"):
+            file = pq.ParquetFile(path)
+            columns, notes = file.schema_arrow.names, file.schema_arrow.metadata or {}
+            features = json.loads(notes.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+            names = features.get(task.label_column, {}).get("names")
+            found = file.read([task.label_column]).to_pydict().get(task.label_column)
+        if missing := {task.image_column, task.label_column} - set(columns):
+            raise InputError(f"{where} has no column {some(missing)}; it has: {some(columns)}")
         order = class_order(names or task.classes, task.classes, where)
         for index, label in enumerate(found, len(labels)):
             if not isinstance(label, int) or not 0 <= label < len(order):
@@ -148,10 +146,8 @@ def decode(
     start = np.lib.format.open_memmap(file, "w+", np.uint8, (len(chosen), *prep.input_size)).offset
 
     def write_pixels(entry: dict[str, Any], index: int) -> None:  # in one of several processes
-        try:
+        with refusing(f"{where}: image {chosen[index]} cannot be decoded"):
             data = pixels(transform, entry, folder)
-        except Exception as error:  # Pillow's plug-ins raise what they like
-            raise InputError(f"{where}: image {chosen[index]} cannot be decoded: {one_line(error)}") from error
         with open(file, "r+b") as out:  # (on a full disk, writing to mapped memory would kill the process)
             out.seek(start + index * len(data))
             out.write(data)

@@ -77,7 +77,6 @@ def paper_suite(arguments: argparse.Namespace) -> Suite:
     for task, state in experts.items():
         suite.experts[task] = copy.deepcopy(tower)
         suite.experts[task].load_state_dict(state, assign=True)
-        suite.experts[task].requires_grad_(False)
     return suite
 
 

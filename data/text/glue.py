@@ -10,21 +10,21 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from data.files import InputError, one_line, some
+from data.files import InputError
 from data.paper import hub
 from data.paper.hub import Repository, repository
 from data.paper.suite import ADAPTATION, TRAINING, refuse_twins
 from data.processes import progress, say
-from data.suite import Batch, Suite, padded, run
-from data.text.metrics import METRICS, spearman
+from data.suite import Batch, Suite, accuracy_of, padded, run
 
 
 class Task(NamedTuple):
@@ -55,31 +55,19 @@ SENSELESS = ("Fisher Merging", "Simple Ensemble", "Traditional MTL")
 def roberta_glue_suite(arguments: argparse.Namespace) -> Suite:
     from data.text import models
 
-    mirror, tasks = arguments.hub, arguments.tasks
-    base, fine = (repository(name, "model", mirror) for name in ("roberta-base", FACTS["roberta experts"]))
-    files = {task: (fine, weights_in(fine, f"{task}/")) for task in tasks}
-    announce(arguments, base, [*files.values()])
-    config, tokenizer = read_json(base.fetch("config.json")), models.read_tokenizer(base.fetch("tokenizer.json"))
-    path = base.fetch(weights_in(base))
-    pretrained = models.roberta(config, hub.read_weights(path), path)
-    experts, heads = {}, {}
-    with progress(files.items(), "Experts") as items:
-        for task, (repo, file) in items:
-            path = repo.fetch(file)
-            state = hub.read_weights(path)
-            outputs = 1 if task in REGRESSIONS else len(GLUE[task].answers)
-            experts[task] = models.roberta(config, state, path)
-            heads[task] = models.roberta_head(config, state, outputs, path)
+    base, fine = (repository(name, "model", arguments.hub) for name in ("roberta-base", FACTS["roberta experts"]))
+    files = {task: (fine, fine.first(*hub.WEIGHT_FILES, folder=f"{task}/")) for task in arguments.tasks}
 
-    def load(task: str, split: str, count: int | None) -> tuple[Tensor, Tensor]:
-        examples = read_examples(arguments, task, split, count)
-        first, *second = ([e[name] for e in examples] for name in GLUE[task].columns)
-        texts = list(zip(first, *second)) if second else first
-        return models.tokenise(tokenizer, texts, 128), torch.tensor([e["label"] for e in examples])
+    def head(task: str, _: Tokenizer, *source) -> nn.Module:
+        return models.roberta_head(*source, outputs=len(GLUE[task].answers or ["a number"]))
 
-    suite = glue_suite(arguments, pretrained, experts, heads, load, tokenizer.token_to_id("<pad>"))
-    suite.metrics = {task: METRICS[GLUE[task].metric] for task in tasks}
-    suite.note = NOTE + "; ".join(f"{task}: {GLUE[task].metric}" for task in tasks) + "."
+    def example(task: str, row: dict) -> tuple:
+        texts = tuple(row[name] for name in GLUE[task].columns)
+        return texts if len(texts) > 1 else texts[0], row["label"]
+
+    suite, _ = glue_suite(arguments, base, files, models.roberta, head, example, longest=128)
+    suite.metrics = {task: METRICS[GLUE[task].metric] for task in suite.tasks}
+    suite.note = NOTE + "; ".join(f"{task}: {GLUE[task].metric}" for task in suite.tasks) + "."
     suite.features = lambda tower, batch: models.mean_state(tower.encoder, batch)
     return suite
 
@@ -87,40 +75,27 @@ def roberta_glue_suite(arguments: argparse.Namespace) -> Suite:
 def flan_t5_glue_suite(arguments: argparse.Namespace) -> Suite:
     from data.text import models
 
-    mirror, tasks = arguments.hub, arguments.tasks
-    base = repository("google/flan-t5-base", "model", mirror)
-    repos = {task: repository(f"tanganke/flan-t5-base_glue-{task}", "model", mirror) for task in tasks}
-    files = {task: (repo, weights_in(repo)) for task, repo in repos.items()}
-    announce(arguments, base, [*files.values()])
-    config, tokenizer = read_json(base.fetch("config.json")), models.read_tokenizer(base.fetch("tokenizer.json"))
-    path = base.fetch(weights_in(base))
-    pretrained, experts = models.t5(config, hub.read_weights(path), path), {}
-    with progress(files.items(), "Experts") as items:
-        for task, (repo, file) in items:
-            path = repo.fetch(file)
-            experts[task] = models.t5(config, hub.read_weights(path), path)
-    heads = {}
-    for task in tasks:
+    base = repository("google/flan-t5-base", "model", arguments.hub)
+    repos = {t: repository(f"tanganke/flan-t5-base_glue-{t}", "model", arguments.hub) for t in arguments.tasks}
+    files = {task: (repo, repo.first(*hub.WEIGHT_FILES)) for task, repo in repos.items()}
+
+    def head(task: str, tokenizer: Tokenizer, *_) -> nn.Module:
         answers = GLUE[task].answers or ["1", "5"]  # of a regression, a head that nobody asks
         first = [tokenizer.encode(text).ids[0] for text in answers]
         if task not in REGRESSIONS and len(set(first)) < len(first):
             raise InputError(f"{task}: {', '.join(answers)} begin with the same token: there is no entropy to minimise")
-        heads[task] = models.FirstAnswers(first)
+        return models.FirstAnswers(first)
 
-    def load(task: str, split: str, count: int | None) -> tuple[Tensor, Tensor]:
-        examples = read_examples(arguments, task, split, count)
-        labels = [e["label"] for e in examples]
-        if task in REGRESSIONS:
-            labels = [float(f"{label:.1f}") for label in labels]  # as it was to be answered
-        texts = [GLUE[task].prompt.format(**e) for e in examples]
-        return models.tokenise(tokenizer, texts, 512), torch.tensor(labels)
+    def example(task: str, row: dict) -> tuple:
+        label = float(f"{row['label']:.1f}") if task in REGRESSIONS else row["label"]  # as it was to be answered
+        return GLUE[task].prompt.format(**row), label
 
     def answer(task: str, tower: nn.Module, batch: Batch) -> Tensor:
         texts = tokenizer.decode_batch(run(tower, {**batch, "whole": True}).tolist())  # without special tokens
         return torch.tensor([understood(task, text) for text in texts])
 
-    suite = glue_suite(arguments, pretrained, experts, heads, load, tokenizer.token_to_id("<pad>"))
-    suite.metrics, suite.answer = {task: spearman for task in tasks if task in REGRESSIONS}, answer
+    suite, tokenizer = glue_suite(arguments, base, files, models.t5, head, example, longest=512)
+    suite.metrics, suite.answer = {task: spearman for task in suite.tasks if task in REGRESSIONS}, answer
     suite.note = NOTE + "the share of exactly matching answers, in per cent; stsb: Spearman."
     suite.features = lambda tower, batch: models.mean_state(tower.t5.encoder, batch)
     return suite
@@ -138,15 +113,45 @@ def understood(task: str, text: str) -> float:
 
 def glue_suite(
     arguments: argparse.Namespace,
-    pretrained: nn.Module,
-    experts: dict[str, nn.Module],
-    heads: dict[str, nn.Module],
-    load: Callable,
-    padding: int,
-) -> Suite:
+    base: Repository,
+    files: dict[str, tuple[Repository, str]],
+    tower: Callable,
+    head: Callable,
+    example: Callable,
+    longest: int,
+) -> tuple[Suite, Tokenizer]:
+    """The suite of the base model and of the experts in these files, by task, and their tokenizer.
+
+    `tower` takes config, weights and their file, `head` a task and the tokenizer, too; `example` makes of a task and
+    its row of the data set what is tokenised, up to the `longest`, and a label.
+    """
+    from data.text import models
+
     device = torch.device(arguments.device)
+    files = {"": (base, base.first(*hub.WEIGHT_FILES)), **files}
+    announce(arguments, [(base, "config.json"), (base, "tokenizer.json"), *files.values()])
+    path = base.fetch("config.json")
+    with hub.refusing(f"{path} is not a JSON file with a model's configuration"):
+        config = dict(json.loads(path.read_text(encoding="utf-8")))
+    tokenizer = models.read_tokenizer(base.fetch("tokenizer.json"))
+    towers, heads = {}, {}
+    with progress(files.items(), "Models") as items:
+        for task, (repo, file) in items:
+            path = repo.fetch(file)
+            source = config, hub.read_weights(path), path
+            towers[task] = tower(*source).requires_grad_(False)
+            if task:
+                heads[task] = head(task, tokenizer, *source).to(device)
+
+    def load(task: str, split: str, count: int | None) -> tuple[Tensor, Tensor]:
+        rows = read_examples(arguments, task, split, count)
+        texts, labels = zip(*(example(task, row) for row in rows))
+        return models.tokenise(tokenizer, texts, longest), torch.tensor(labels)
+
     test = {task: load(task, "test", arguments.limit) for task in arguments.tasks}
-    refuse_twins(pretrained.state_dict(), {task: expert.state_dict() for task, expert in experts.items()})
+    pretrained = towers.pop("")
+    refuse_twins(pretrained.state_dict(), {task: expert.state_dict() for task, expert in towers.items()})
+    whole = all(len(labels) == GLUE[task].examples for task, (_, labels) in test.items())
     suite = Suite(
         name=arguments.suite,
         seed=arguments.seed,
@@ -154,95 +159,99 @@ def glue_suite(
         precision=arguments.precision or "float32",
         training=TRAINING,
         adaptation=ADAPTATION.changed(arguments.steps, arguments.adapt_precision),
-        pretrained=pretrained.requires_grad_(False),
-        heads={task: head.to(device) for task, head in heads.items()},
+        pretrained=pretrained,
+        heads=heads,
         test=test,
         load=load,
-        normalise=partial(padded, padding=padding),
-        experts={task: expert.requires_grad_(False) for task, expert in experts.items()},
+        normalise=partial(padded, padding=tokenizer.token_to_id("<pad>")),
+        experts=towers,
+        published=published_rows(arguments.suite) if whole and arguments.tasks == list(GLUE) else {},
         unadapted=REGRESSIONS,
     )
-    whole = all(len(labels) == GLUE[task].examples for task, (_, labels) in test.items())
-    if whole and arguments.tasks == list(GLUE):
-        suite.published = published_rows(arguments.suite)
-    return suite
+    return suite, tokenizer
 
 
 def published_rows(suite: str) -> dict[str, dict]:
     """Method -> figures by task. Those of merged RoBERTas were published as shares, of settings that are not ours."""
-    figures, source = dict(FACTS["published"][suite]), "FusionBench"
-    if suite == "roberta-glue":
-        source, individual = "Twin-Merging", figures["individual"]
-        shares = figures["shares of the individual models' figures"]
-        figures = {name: [x * share / 100 for x, share in zip(individual, row)] for name, row in shares.items()}
-        figures["Individual"] = individual
+    facts = FACTS["published"][suite]
+    figures = dict(facts["figures"])
+    for name, shares in facts["shares of the individual models' figures"].items():
+        figures[name] = [own * share / 100 for own, share in zip(figures["Individual"], shares)]
     return {
         name: {
             "method": name,
-            "source": source,
+            "source": facts["source"],
             "accuracy": dict(zip(GLUE, row)),
-            "claimed": suite == "flan-t5-glue" or name == "Individual",
+            "claimed": name in facts["claimed"],
         }
         for name, row in figures.items()
     }
 
 
+# ---- Metrics, in per cent: predictions (N,), labels (N,) -> a number. What is not defined (0 / 0) counts 0 -----------
+
+
+def f1(predicted: Tensor, labels: Tensor) -> float:
+    """The harmonic mean of precision and recall of class 1."""
+    found, there = predicted == 1, labels == 1
+    total = (found.sum() + there.sum()).item()
+    return 100 * 2 * (found & there).sum().item() / total if total else 0.0
+
+
+def pearson(predicted: Tensor, labels: Tensor) -> float:
+    """Pearson's correlation; of two classes, the numbers 0 and 1, it is Matthews'."""
+    return 100 * torch.corrcoef(torch.stack([predicted, labels]).double())[0, 1].nan_to_num().item()
+
+
+def spearman(predicted: Tensor, labels: Tensor) -> float:
+    """Pearson's correlation of ranks; of equal values, the mean of their ranks."""
+    return pearson(ranks(predicted), ranks(labels))
+
+
+def ranks(values: Tensor) -> Tensor:
+    _, place, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2)[place]
+
+
+METRICS = {
+    "accuracy": accuracy_of,
+    "matthews": pearson,
+    "accuracy and F1": lambda predicted, labels: (accuracy_of(predicted, labels) + f1(predicted, labels)) / 2,
+    "Pearson and Spearman": lambda predicted, labels: (pearson(predicted, labels) + spearman(predicted, labels)) / 2,
+}
+
+
 # ---- Files -----------------------------------------------------------------------------------------------------------
 
 
-def weights_in(repo: Repository, folder: str = "") -> str:
-    """The weight file in a repository's folder, or in the nearest folder below. Raises InputError if there is none."""
-    found = [f for f in repo.sizes if f.startswith(folder) and Path(f).name in hub.WEIGHT_FILES]
-    if not found:
-        have = some(file for file in repo.sizes if file.startswith(folder))
-        where = f"{repo.where}{folder and ' in ' + folder}"
-        raise InputError(f"{where} has no {' or '.join(hub.WEIGHT_FILES)}; it has: {have}")
-    return min(found, key=lambda file: (file.count("/"), hub.WEIGHT_FILES.index(Path(file).name)))
-
-
-def shards(arguments: argparse.Namespace, task: str, split: str) -> tuple[Repository, list[str]]:
+def shards(arguments: argparse.Namespace, task: str, split: str) -> list[tuple[Repository, str]]:
     repo = repository("nyu-mll/glue", "dataset", arguments.hub)
-    return repo, hub.shards(repo, task, GLUE[task].split if split == "test" else split)
+    return [(repo, file) for file in hub.shards(repo, task, GLUE[task].split if split == "test" else split)]
 
 
-def announce(arguments: argparse.Namespace, base: Repository, experts: list[tuple[Repository, str]]) -> None:
-    """Say how much a run downloads, and raise InputError if there is no room for it."""
-    needed = [(base, file) for file in ("config.json", "tokenizer.json", weights_in(base))] + experts
-    for task in arguments.tasks:
-        for split in ("test", *arguments.splits):
-            repo, files = shards(arguments, task, split)
-            needed += [(repo, file) for file in files]
-    size: Counter[str] = Counter()
-    for repo, file in needed:
-        size["present" if repo.on_disk(file) else "download"] += repo.sizes.get(file, 0)
+def announce(arguments: argparse.Namespace, needed: list[tuple[Repository, str]]) -> None:
+    """Say how much a run downloads, the data sets too, and raise InputError if there is no room for it."""
+    for task, split in product(arguments.tasks, ("test", *arguments.splits)):
+        needed = needed + shards(arguments, task, split)
+    size = sum((repo.bytes_of(file) for repo, file in needed), Counter())
     say(f"{arguments.suite}: {size['download'] / 1e9:.1f} GB to download")
     hub.check_space(size, arguments.cache)
 
 
 def read_examples(arguments: argparse.Namespace, task: str, split: str, count: int | None) -> list[dict]:
     """The first so many examples of a split, or all: its texts by column, and `label`. Raises InputError."""
-    repo, files = shards(arguments, task, split)
-    spec, examples = GLUE[task], []
-    for path in map(repo.fetch, files):
-        try:
+    spec, examples, files = GLUE[task], [], shards(arguments, task, split)
+    for repo, file in files:
+        path = repo.fetch(file)
+        with hub.refusing(f"{task}: {path} is not a readable parquet file"):
             examples += pq.read_table(path, columns=[*spec.columns, "label"]).to_pylist()
-        except (OSError, pa.ArrowException) as error:
-            raise InputError(f"{task}: {path} is not a readable parquet file: {one_line(error)}") from error
-    kinds, classes = (int, float) if spec.answers is None else int, range(len(spec.answers or ()))
+    classes = range(len(spec.answers or ()))
     for index, example in enumerate(examples):
-        label, texts = example.get("label"), [example.get(name) for name in spec.columns]
-        known = isinstance(label, kinds) and (spec.answers is None or label in classes)
-        if not known or not all(isinstance(text, str) for text in texts):
-            columns = ", ".join(spec.columns)
-            wanted = f"texts {columns} and a label" + (f" from 0 to {len(classes) - 1}" if classes else "")
+        label = example.get("label")
+        known = label in classes if classes else isinstance(label, int | float)
+        if not known or not all(isinstance(example.get(name), str) for name in spec.columns):
+            wanted = f"texts {', '.join(spec.columns)} and a label" + (f" from 0 to {classes[-1]}" if classes else "")
             raise InputError(f"{task}: example {index} of the split {split} is {example}; needed are {wanted}")
     if not examples:
         raise InputError(f"{task}: the split {split} in {repo.where} has no examples")
     return examples[:count]
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is not a JSON file with a model's configuration: {one_line(error)}") from error

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaModel, T5Config, T5ForConditionalGeneration
 from transformers.models.roberta.modeling_roberta import RobertaClassificationHead
 
-from data.files import InputError, one_line
-from data.paper.hub import refuse_unusable
+from data.files import InputError
+from data.paper.hub import refuse_unusable, refusing
 
 State = dict[str, Tensor]
 
@@ -66,52 +66,46 @@ def roberta(config: dict, state: State, source: Path) -> FirstToken:
     The two linear layers of an MLP, which lie apart in transformers, become one module `mlp`: what is to be routed.
     """
     encoder = RobertaModel(RobertaConfig.from_dict(config), add_pooling_layer=False)
-    load(encoder, without(part(state, "roberta."), "pooler.", "embeddings.position_ids"), source)
+    load(encoder, state, source, prefix="roberta.", unused=("pooler.", "embeddings.position_ids"))
     for layer in encoder.encoder.layer:
         mlp = nn.Sequential(layer.intermediate, layer.output.dense)
         layer.intermediate, layer.output.dense = nn.Sequential(OrderedDict(mlp=mlp)), nn.Identity()
     return FirstToken(encoder).eval()
 
 
-def roberta_head(config: dict, state: State, outputs: int, source: Path) -> nn.Module:
+def roberta_head(config: dict, state: State, source: Path, outputs: int) -> nn.Module:
     """The classifier of a RobertaForSequenceClassification: features (B, D) -> (B, outputs). Raises InputError."""
     head = RobertaClassificationHead(RobertaConfig.from_dict({**config, "num_labels": outputs}))
-    load(head, part(state, "classifier."), source)
+    load(head, state, source, prefix="classifier.")
     return nn.Sequential(nn.Unflatten(1, (1, -1)), head).eval().requires_grad_(False)  # it takes (B, N, D)
 
 
 def t5(config: dict, state: State, source: Path) -> Answering:
     """A T5. Raises InputError, naming the entry, for weights that do not fit."""
     model = T5ForConditionalGeneration(T5Config.from_dict(config))
-    if not torch.equal(state.get("lm_head.weight", torch.empty(0)), state.get("shared.weight", torch.empty(0))):
-        # transformers ties the two at first, whatever the config says. In Flan-T5 they differ.
-        model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
-    load(model, without(state, "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias"), source)  # unused
+    # transformers ties it to the embeddings at first, whatever the config says. In Flan-T5 they differ.
+    model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
+    load(model, state, source, unused=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias",))
     return Answering(model).eval()
 
 
-def part(state: State, prefix: str) -> State:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+def load(module: nn.Module, state: State, source: Path, prefix: str = "", unused: tuple[str, ...] = ()) -> None:
+    """Load what is under a prefix, and fits exactly; a tied weight may be given under one of its names only.
 
-
-def without(state: State, *prefixes: str) -> State:
-    return {name: value for name, value in state.items() if not name.startswith(prefixes)}
-
-
-def load(module: nn.Module, state: State, source: Path) -> None:
-    """Load weights that fit exactly; a tied one may be given under one of its names only. Raises InputError."""
+    Raises InputError.
+    """
+    state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    state = {name: value for name, value in state.items() if not name.startswith(unused)}
     own = module.state_dict(keep_vars=True)
     given = {own[name]: value for name, value in state.items() if name in own}
-    state = state | {name: given[p] for name, p in own.items() if name not in state and p in given}
+    state |= {name: given[p] for name, p in own.items() if name not in state and p in given}
     refuse_unusable(state, {name: p.shape for name, p in own.items()}, source)
     module.load_state_dict(state)
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    try:
+    with refusing(f"{path} is not a readable tokenizer"):
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers has no error of its own
-        raise InputError(f"{path} is not a readable tokenizer: {one_line(error)}") from error
     if tokenizer.token_to_id("<pad>") is None:
         raise InputError(f"{path} has no token <pad>, with which texts are padded")
     return tokenizer

@@ -13,7 +13,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 
@@ -22,7 +22,7 @@ import wemoe
 from data import baselines
 from data.files import InputError
 from data.suite import Training, accuracy_of, padded, run
-from data.text import glue, metrics, miniature
+from data.text import glue, miniature
 from data.text import models as towers
 from data.text.glue import GLUE, understood
 
@@ -65,9 +65,8 @@ def moved(model: nn.Module, seed: int, scale: float = 0.3) -> nn.Module:
 
 def roberta(seed: int, labels: int = 2) -> transformers.RobertaForSequenceClassification:
     torch.manual_seed(0)
-    return moved(
-        transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**ROBERTA, num_labels=labels)), seed
-    )
+    config = transformers.RobertaConfig(**ROBERTA, num_labels=labels)
+    return moved(transformers.RobertaForSequenceClassification(config), seed)
 
 
 def flan_t5(seed: int) -> transformers.T5ForConditionalGeneration:
@@ -140,12 +139,7 @@ def test_glue_from_end_to_end(suite, started, tmp_path, monkeypatch, capsys):
     printed, folder = capsys.readouterr().out, tmp_path / suite
     assert "0.0 GB to download" in printed and "stsb is a regression" in printed
     assert "not adapted to" in (folder / "table.md").read_text()
-    assert {file.name for file in folder.glob("*.png")} == {
-        "accuracy.png",
-        "adaptation.png",
-        "costs.png",
-        "routing.png",
-    }
+    assert {file.stem for file in folder.glob("*.png")} == {"accuracy", "adaptation", "costs", "routing"}
     kept = {file: file.stat().st_mtime_ns for file in (folder / "cache").rglob("*.json")}
     assert started(suite, "--methods", *methods) == (status, results) and len(kept) == len(methods)
     assert kept == {file: file.stat().st_mtime_ns for file in (folder / "cache").rglob("*.json")}  # none was made again
@@ -233,7 +227,7 @@ SPECIAL["miniature"] = ["<pad>"]
 
 def test_a_roberta_in_two_parts_is_the_whole():
     whole, batch = roberta(3, labels=3), batch_for("roberta")
-    head = towers.roberta_head(ROBERTA, whole.state_dict(), 3, Path("file"))
+    head = towers.roberta_head(ROBERTA, whole.state_dict(), Path("file"), outputs=3)
     assert torch.allclose(head(tower("roberta", 3)(**batch)), whole.eval()(**batch).logits, atol=1e-6)
 
 
@@ -335,9 +329,9 @@ def test_metrics_of_classes_by_their_definitions(pairs):
     tp, fp, fn, tn = (pairs.count(pair) for pair in ((1, 1), (1, 0), (0, 1), (0, 0)))
     norm = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
     matthews = 100 * (tp * tn - fp * fn) / norm if norm else 0
-    assert metrics.matthews(predicted, labels) == pytest.approx(matthews, abs=1e-6)
+    assert glue.METRICS["matthews"](predicted, labels) == pytest.approx(matthews, abs=1e-6)
     f1 = 200 * tp / (2 * tp + fp + fn) if tp else 0
-    assert metrics.f1(predicted, labels) == pytest.approx(f1)
+    assert glue.f1(predicted, labels) == pytest.approx(f1)
     assert accuracy_of(predicted, labels) == pytest.approx(100 * (tp + tn) / len(pairs))
 
 
@@ -348,13 +342,13 @@ def test_spearman_is_the_correlation_of_mean_ranks(pairs):
     def rank(values):  # one above all that are smaller, and half of the others that are equal
         return torch.tensor([sum((u < v) + (u == v) / 2 for u in values) + 0.5 for v in values])
 
-    assert metrics.ranks(x).tolist() == rank(x.tolist()).tolist()
+    assert glue.ranks(x).tolist() == rank(x.tolist()).tolist()
     expected = torch.corrcoef(torch.stack([rank(x.tolist()), rank(y.tolist())]))[0, 1].nan_to_num(0).item()
     if len(set(x.tolist())) > 1 < len(set(y.tolist())):
-        assert metrics.spearman(x, y) == pytest.approx(100 * expected, abs=1e-3)
-        assert metrics.spearman(x.exp(), -y) == pytest.approx(-metrics.spearman(x, y), abs=1e-3)
+        assert glue.spearman(x, y) == pytest.approx(100 * expected, abs=1e-3)
+        assert glue.spearman(x.exp(), -y) == pytest.approx(-glue.spearman(x, y), abs=1e-3)
     else:
-        assert metrics.spearman(x, y) == 0
+        assert glue.spearman(x, y) == 0
 
 
 def test_answers_are_understood():
@@ -413,13 +407,3 @@ def test_padded_keeps_all_tokens_and_no_column_of_padding(count, more):
     assert torch.equal(batch["attention_mask"], (batch["input_ids"] != 0).long())
     assert (batch["input_ids"][:, -1] != 0).any() and batch["attention_mask"].sum() == (rows != 0).sum()
     assert torch.equal(run(lambda input_ids, attention_mask: input_ids, batch), batch["input_ids"])
-
-
-def test_a_safetensors_file_in_the_folder_itself_comes_first(mirror, tmp_path):
-    for name in ("cola/checkpoint-9/model.safetensors", "cola/pytorch_model.bin", "cola/model.safetensors"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        save_file({"a": torch.zeros(1)}, tmp_path / name)
-        found = glue.weights_in(glue.Repository("x", "model", tmp_path, glue.hub.files_in(tmp_path)), "cola/")
-        assert found == name
-    with pytest.raises(InputError, match="in mnli/ has no model.safetensors or pytorch_model.bin"):
-        glue.weights_in(glue.Repository("x", "model", tmp_path, glue.hub.files_in(tmp_path)), "mnli/")
