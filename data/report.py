@@ -79,6 +79,10 @@ def spread(values: list[float] | None) -> str:
     return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
 def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, format="png", dpi=150)
 
