@@ -28,15 +28,13 @@ if __name__ == "__main__":  # loading the libraries takes seconds
 import argparse
 import copy
 import json
-import platform
 import re
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import open_clip
 import torch
 from torch import Tensor, nn
 
@@ -58,7 +56,6 @@ from data.text.glue import GLUE, SENSELESS, flan_t5_glue_suite, roberta_glue_sui
 from data.text.miniature import TASKS as TEXT_TASKS
 from data.text.miniature import miniature_text_suite
 
-SAMPLES = 32  # of each task's training images, for the methods that look at some
 SUITES = {  # what makes it, and its tasks
     "miniature": (miniature_suite, TASKS),
     **dict.fromkeys(ARCHITECTURES, (paper_suite, PAPER_TASKS)),
@@ -97,8 +94,8 @@ def static(suite: Suite, rule: Callable | None = None, scaling: float = 0.3) -> 
     return merge(suite, vectors, scaling), {"curve": curve} if curve else {}
 
 
-def samples(suite: Suite) -> dict[str, Tensor]:
-    return {task: suite.inputs(suite.load(task, "train", SAMPLES)[0]) for task in suite.experts}
+def samples(suite: Suite, count: int = 32) -> dict[str, Tensor]:
+    return {task: suite.inputs(suite.load(task, "train", count)[0]) for task in suite.experts}
 
 
 def fisher_merging(suite: Suite) -> Result:
@@ -162,18 +159,13 @@ def concrete(suite: Suite, adapt: Callable, then_lambda: bool = False) -> Result
 
 
 def ada_rank(suite: Suite, adapt: Callable) -> Result:
-    settings = suite.adaptation
-    model = baselines.AdaRank(suite.pretrained, task_vectors(suite), init_lambda=settings.init_lambda)
+    settings, vectors = suite.adaptation, task_vectors(suite)
+    model = baselines.AdaRank(suite.pretrained, vectors, init_lambda=settings.init_lambda)
     return learn(suite, adapt, model, steps=settings.mask_steps, lr=settings.lambda_lr)
 
 
 def mixture(
-    suite: Suite,
-    adapt: Callable,
-    objective: Callable[[Tensor], Tensor] = wemoe.mean_entropy,
-    shared: bool = False,
-    elsewhere: Callable | None = None,
-    **options,
+    suite: Suite, adapt: Callable, objective: Callable = wemoe.mean_entropy, shared=False, elsewhere=None, **options
 ) -> Result:
     """WEMoE, adapted to the unlabelled test images; `options` are those of wemoe.upscale.
 
@@ -185,8 +177,7 @@ def mixture(
         model.load_state_dict(not_routed(suite, model, elsewhere), strict=False)
     model = baselines.share_router(model) if shared else model
     model = baselines.average_over_batch(model) if settings.settings == "hub" else model
-    model = model.to(suite.device)
-    curve = adapt(model, steps=settings.steps, lr=settings.lr, objective=objective)
+    curve = adapt(model.to(suite.device), steps=settings.steps, lr=settings.lr, objective=objective)
     return model, {"adaptation": curve, **routing(suite, model)}
 
 
@@ -298,7 +289,7 @@ def run(arguments: argparse.Namespace) -> bool:
     text += f"\n{measured.suite.note}\n" if measured and measured.suite.note else ""
     if measured and (measured.suite.source or arguments.settings == "hub"):
         text += f"\nMethods that adapt did so with the settings of the {SETTINGS[arguments.settings]}.\n"
-    results = results_of(arguments, measured, shown.claims)
+    results = report.results_of(arguments, measured, shown.claims)
     write(output / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
     write(output / "table.md", lambda path: path.write_text(text))
     for name, figure in shown.figures.items():
@@ -344,25 +335,6 @@ def run_method(suite: Suite, name: str, key: str, cache: Path, change: dict) -> 
     return entry_of(suite, name, METHODS[name], key, cache, change)
 
 
-def results_of(arguments: argparse.Namespace, measured: Measured | None, claims: list[dict]) -> dict:
-    """What results.json holds."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "open_clip": open_clip.__version__}
-    results = {name: getattr(arguments, name) for name in ("experiment", "seed", "seeds", "device")}
-    results = {"suite": arguments.name, **results, "versions": versions, "claims": claims}
-    if measured is None:
-        return results
-    suite, conditions, entries = measured.suite, measured.conditions, measured.entries
-    adaptation = asdict(suite.adaptation)
-    results["settings"] = {"precision": suite.precision, "adaptation": adaptation, "limit": arguments.limit}
-    results["tasks"] = suite.tasks
-    if arguments.experiment == "main":
-        results["methods"] = [seeds[0] for seeds in entries["main"].values()]
-        results["published"] = conditions[0].published
-    if arguments.experiment != "main" or arguments.seeds > 1:
-        results["conditions"] = [dict(asdict(c), methods=entries[c.name]) for c in conditions]
-    return results
-
-
 # ---- The command line ------------------------------------------------------------------------------------------------
 
 PRECISIONS = ("float32", "bfloat16")
@@ -401,8 +373,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parsed = parser.parse_args(arguments)
     numbers = {number: name for name, experiment in EXPERIMENTS.items() for number in experiment.paper}
     number = re.sub(r"[ .]", "", parsed.experiment.lower()).replace("figure", "fig")  # "Figure 3", "Appendix B.3"
-    wanted = numbers.get(number, parsed.experiment)
-    (parsed.experiment,) = choose("experiment", [wanted], list(EXPERIMENTS))
+    (parsed.experiment,) = choose("experiment", [numbers.get(number, parsed.experiment)], list(EXPERIMENTS))
     check_numbers(parsed, {"steps": 1, "seed": 0, "seeds": 1, "limit": 1, "workers": 1})
     check_output(parsed.output)
     parsed.device = choose_device(parsed.device)
@@ -410,8 +381,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     check_together(parsed)
     choose_tasks_and_methods(parsed)
     experiment = EXPERIMENTS[parsed.experiment]
-    if parsed.suite in MINIATURES:
-        parsed.steps = parsed.steps or experiment.steps
+    parsed.steps = parsed.steps or (experiment.steps if parsed.suite in MINIATURES else None)
     parsed.seeds = parsed.seeds or experiment.seeds
     parsed.workers = parsed.workers or (min(2, os.cpu_count() or 1) if parsed.on_cores else 1)
     parsed.name = parsed.suite if not parsed.arch else f"{parsed.arch}-{parsed.pretrained}"
@@ -448,9 +418,8 @@ def check_together(parsed: argparse.Namespace) -> None:
 
 def choose_tasks_and_methods(parsed: argparse.Namespace) -> None:
     """In the place of names, those of the experiment that are wanted; and what has to be read for them."""
-    experiment, miniature = EXPERIMENTS[parsed.experiment], parsed.suite in MINIATURES
-    more = experiment.more_tasks and parsed.suite == "miniature"
-    known = list(ALL_TASKS if more else SUITES[parsed.suite][1])
+    experiment = EXPERIMENTS[parsed.experiment]
+    known = list(ALL_TASKS if experiment.more_tasks and parsed.suite == "miniature" else SUITES[parsed.suite][1])
     usual = PUBLISHED_TASKS if parsed.suite in ARCHITECTURES else known
     usual = experiments.in_suite(known, experiment.tasks) if experiment.tasks else usual
     parsed.tasks = choose("task", parsed.tasks or usual, known)
@@ -458,8 +427,8 @@ def choose_tasks_and_methods(parsed: argparse.Namespace) -> None:
     senseless = SENSELESS if parsed.suite in GLUE_SUITES else ()
     senseless += ("MASS",) if parsed.suite in TEXTS else ()  # which routes by images
     methods = [name for name in (MAIN if experiment.methods is None else experiment.methods) if name not in senseless]
-    usual = [name for name in methods if METHODS[name].given != TRAINING_IMAGES]
-    usual = (experiment.usual or methods) if miniature else usual
+    untrained = [name for name in methods if METHODS[name].given != TRAINING_IMAGES]
+    usual = (experiment.usual or methods) if parsed.suite in MINIATURES else untrained
     everything = [name.lower() for name in parsed.methods or ()] == ["all"]
     kind = "method" if parsed.experiment == "main" else f"method of the experiment {parsed.experiment}"
     parsed.methods = choose(kind, methods if everything else parsed.methods or usual, methods)

@@ -41,14 +41,15 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import reproduce
 import wemoe
-from data import baselines, experiments, report
+from data import baselines, experiments, methods, report
 from data.dependencies import code_of
-from data.experiments import ADAPTATION, TRAINING_IMAGES, VALIDATION
 from data.files import InputError, alone
+from data.methods import ADAPTATION, TRAINING_IMAGES, VALIDATION
 from data.miniature import render
 from data.miniature import suite as miniature
 from data.paper import hub, published
 from data.paper import suite as paper_suites
+from data.paper.parameters import rounds_to
 from data.paper.test_paper import (
     TINY,
     OldClasses,
@@ -405,8 +406,8 @@ def test_parameters_are_the_papers_without_any_weights(tmp_path, capsys):
 @given(st.integers(1, 10**10), st.sampled_from([("", 1), ("K", 1e3), ("M", 1e6), ("B", 1e9)]), st.integers(0, 3))
 def test_a_number_rounds_to_what_is_printed(value, unit, digits):
     printed = f"{value / unit[1]:.{digits}f}"
-    assert experiments.rounds_to(value, printed + unit[0])
-    assert not experiments.rounds_to(value, f"{float(printed) + 10**-digits:.{digits}f}" + unit[0])
+    assert rounds_to(value, printed + unit[0])
+    assert not rounds_to(value, f"{float(printed) + 10**-digits:.{digits}f}" + unit[0])
 
 
 def test_lengths_and_angles_of_task_vectors(model):
@@ -804,12 +805,12 @@ FAULTS = {  # what fails where the machine, or a number, is at its limits
         "cannot write .*failed writing file.*free some space",
     ),
     "GPU out of memory": (
-        (reproduce, "evaluate", torch.OutOfMemoryError("Tried to allocate 2.00 GiB")),
+        (methods, "evaluate", torch.OutOfMemoryError("Tried to allocate 2.00 GiB")),
         "out of memory; what is finished is kept.*--adapt-precision bfloat16.*Tried to allocate",
     ),
-    "out of memory": ((reproduce, "evaluate", MemoryError()), "out of memory; what is finished is kept"),
+    "out of memory": ((methods, "evaluate", MemoryError()), "out of memory; what is finished is kept"),
     "no memory on a CPU": (
-        (reproduce, "evaluate", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 TB")),
+        (methods, "evaluate", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 TB")),
         "out of memory; what is finished is kept.*you tried 1 TB",
     ),
     "no convergence": (
@@ -817,7 +818,7 @@ FAULTS = {  # what fails where the machine, or a number, is at its limits
         "a decomposition failed .*did not converge.*--methods leaves out",
     ),
     "worker killed": (
-        (reproduce, "evaluate", BrokenProcessPool("A process was terminated abruptly")),
+        (methods, "evaluate", BrokenProcessPool("A process was terminated abruptly")),
         "a worker was killed, perhaps for want of memory; the same command goes on",
     ),
     "entropy NaN": (
