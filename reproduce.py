@@ -87,7 +87,7 @@ def merge(suite: Suite, vectors: Iterable[dict[str, Tensor]] | None = None, scal
 
 def static(suite: Suite, rule: Callable | None = None, scaling: float = 0.3) -> Result:
     """θ_0 + λ Σ_t τ_t, or λ times what the rule makes of all τ_t; with the accuracy at the λ that the suite tries."""
-    vectors, curve = [rule(task_vectors(suite))] if rule else None, []
+    vectors, curve = [rule(list(task_vectors(suite)))] if rule else None, []
     for lam in progress(suite.scalings, "Trying λ", unit="λ", delay=1):
         accuracy = evaluate(suite, merge(suite, vectors, lam))
         curve.append({"scaling": lam, "accuracy": accuracy, "average": mean(accuracy)})
@@ -119,7 +119,7 @@ def under(mask: dict[str, Tensor], tau: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def masked(suite: Suite, unify: Callable) -> Result:
     """For each task the entries of one vector that its mask leaves, times a number where the method has one."""
-    unified, masks, *numbers = unify(task_vectors(suite))
+    unified, masks, *numbers = unify(list(task_vectors(suite)))
     numbers = numbers[0] if numbers else [1.0] * len(masks)
     models = {t: merge(suite, [under(mask, unified)], n) for t, mask, n in zip(suite.experts, masks, numbers)}
     # What has to be kept: the pre-trained model, one vector, and for every task one bit a parameter and one number.

@@ -1,9 +1,8 @@
 """What the experiments measure and show: methods under conditions; figures and claims made of what came out.
 
-An experiment is two functions: one makes its conditions of a suite and the methods chosen, the other makes figures and
-claims of the entries that came out, one for each method under each condition and seed. The latter is put into
-EXPERIMENTS by `@experiment`, which says what else there is to know of it; most share the conditions of `one_table`.
-What is known of a method comes with its entry: its group, what it needs, how it was adapted.
+An experiment is two functions: one makes its conditions of a suite and the methods chosen (most share `one_table`), the
+other makes figures and claims of the entries that came out, one for each method under each condition and seed. The
+latter is put into EXPERIMENTS by `@experiment`, which says what else there is to know, and its docstring.
 """
 
 import copy
@@ -97,7 +96,7 @@ def beside(rows: Callable) -> Callable:
 
 @dataclass(frozen=True)
 class Experiment:
-    """The first line of the docstring of `show` tells what it is."""
+    """The docstring of `show` tells what it is, in one line."""
 
     show: Callable[[Measured], Shown]
     paper: tuple[str, ...]  # its numbers in the paper
@@ -134,8 +133,9 @@ def listed() -> str:
         numbers = f" ({', '.join(chosen.paper)})" if chosen.paper else ""
         needs = f"{len(chosen.tasks)} tasks" if chosen.tasks else "the suite" if chosen.conditions else "nothing"
         needs += " and their corrupted test images" if chosen.splits else ""
-        about = chosen.show.__doc__.splitlines()[0]
-        lines.append(f"{name}{numbers}: {about} Needs {needs}; in the miniature, some {chosen.minutes} min.")
+        lines.append(
+            f"{name}{numbers}: {chosen.show.__doc__} Needs {needs}; in the miniature, some {chosen.minutes} min."
+        )
     return "\n".join(lines)
 
 
@@ -196,8 +196,8 @@ def show_main(measured: Measured) -> Shown:
     """Methods on every task, and what each needs besides the experts."""
     suite, entries = measured.suite, measured.first()
     average = {name: round(measured.average("main", name), 2) for name in entries}
-    count = sum(len(labels) for _, labels in suite.test.values())
     figures = {"accuracy": report.draw_accuracy(suite.tasks, list(entries.values()))}
+    count = sum(len(labels) for _, labels in suite.test.values())
     figures["costs"] = report.draw_costs(measured.entries["main"], count)
     if all(images.dim() == 4 for images, _ in suite.test.values()):  # and not texts
         figures["tasks"] = report.draw_tasks(suite.test)
@@ -321,8 +321,7 @@ def authors_rates(suite: Suite, rates: dict[str, float]) -> dict[str, dict]:
 
 
 def generalization_conditions(suite: Suite, methods: list[str]) -> list[Condition]:
-    conditions = []
-    settings = authors_rates(suite, dict.fromkeys(DEPTHS.values(), 2e-3))
+    conditions, settings = [], authors_rates(suite, dict.fromkeys(DEPTHS.values(), 2e-3))
     for seen, unseen, rows in published.generalization(suite.name, suite.source):
         seen, unseen = in_suite(suite.heads, seen), in_suite(suite.heads, unseen)
         name, columns = f"merged without {' and '.join(unseen)}", {"Seen": seen, "Unseen": unseen}
@@ -348,15 +347,13 @@ def show_generalization(measured: Measured) -> Shown:
         if len(seen) > 1 and (ours := seen.pop("WEMoE", None)) is not None:
             text = f"WEMoE is the best on the tasks that were {condition.name}"
             claims.append(claim(text, ours > max(seen.values()), f"{ours:.1f} > {max(seen.values()):.1f}"))
-    figures = {"generalization": report.draw_conditions(measured.bars(groups))}
-    return Shown(figures, claims + published_claims(measured))
+    return Shown({"generalization": report.draw_conditions(measured.bars(groups))}, claims + published_claims(measured))
 
 
 def corrupted(suite: Suite, kind: str, methods: list[str], **change) -> Condition:
     """Four tasks merged and adapted on test images of this kind, "clean" or a corruption's name."""
-    tasks, change = in_suite(suite.heads, published.ROBUSTNESS_TASKS), dict(change)
-    if kind != "clean":
-        change["split"] = kind
+    tasks = in_suite(suite.heads, published.ROBUSTNESS_TASKS)
+    change |= {} if kind == "clean" else {"split": kind}
     settings = authors_rates(suite, {DEPTHS[0]: 1e-3})
     rows = published.robustness(suite.name, suite.source, kind)
     return Condition(kind.replace("_", " "), methods, change, {"Average": tasks}, rows, settings)
@@ -399,17 +396,13 @@ def show_robustness(measured: Measured) -> Shown:
     seeds=5,
 )
 def show_collapse(measured: Measured) -> Shown:
-    """Where minimising the entropy goes wrong, and its cure, over five seeds.
-
-    The worst task under noise, and what the cure gives there and costs on clean images.
-    """
+    """Where minimising the entropy goes wrong (the worst task under noise), and its cure, over five seeds."""
     tasks = measured.suite.tasks
     groups = {f"{c.name}:\n{task}": (c.name, [task]) for c in measured.conditions for task in tasks}
     figures, methods = draw_corrupted(measured, "collapse", groups), ("Task Arithmetic", "WEMoE", DIVERSE)
     if not measured.has(*methods):
         return Shown(figures)
-    clean, noise = (c.name for c in measured.conditions)
-    of = measured.average
+    (clean, noise), of = (c.name for c in measured.conditions), measured.average
     worst = min(tasks, key=lambda task: of(noise, "WEMoE", [task]) - of(noise, "Task Arithmetic", [task]))
     arithmetic, plain, cured = (of(noise, method, [worst]) for method in methods)
     gain, cost = (of(c, DIVERSE) - of(c, "WEMoE") for c in (noise, clean))
@@ -425,7 +418,6 @@ def show_collapse(measured: Measured) -> Shown:
 
 
 # ---- Settings, one at a time (Figure 4), and λ (Figures 5 and 10) ----------------------------------------------------
-
 
 ABLATION = {
     "lr": lambda s: [s.lr * factor for factor in (0.25, 0.5, 1, 2)],
@@ -451,23 +443,20 @@ def show_ablation(measured: Measured) -> Shown:
     suite, of, rates = measured.suite, partial(measured.average, "as it is"), {}
     panels = {"router layers": {depth: of(name) for depth, name in DEPTHS.items()}}
     panels["rank"] = {rank: of(name) for rank, name in RANKS.items()}
-    panels |= {setting: {getattr(suite.adaptation, setting): of("WEMoE")} for setting in ABLATION}
-    for condition in measured.conditions[1:]:
-        ((setting, value),) = condition.change.items()
-        panels[setting][value] = measured.average(condition.name, "WEMoE")
     for condition in measured.conditions:
-        if "WEMoE" in condition.methods and condition.change.keys() <= {"lr"}:
-            curve = measured.entries[condition.name]["WEMoE"][0]["adaptation"]
-            lr = condition.change.get("lr", suite.adaptation.lr)
-            rates[f"lr = {lr:g}"] = dict(zip(curve["steps"], curve["accuracy"]))
+        if entries := measured.entries[condition.name].get("WEMoE"):
+            settings = condition.change or {setting: getattr(suite.adaptation, setting) for setting in ABLATION}
+            for setting, value in settings.items():
+                panels.setdefault(setting, {})[value] = measured.average(condition.name, "WEMoE")
+            if "lr" in settings:
+                curve = entries[0]["adaptation"]
+                rates[f"lr = {settings['lr']:g}"] = dict(zip(curve["steps"], curve["accuracy"]))
     known = {name: {x: y for x, y in sorted(points.items()) if y is not None} for name, points in panels.items()}
     lines = {name: {"WEMoE": {f"{x:g}": y for x, y in points.items()}} for name, points in known.items() if points}
     curves = published.adaptation_curves(suite.name) if suite.source else []
     theirs = {f"lr = {c['learning_rate']:g}": dict(zip(c["steps"], c["average"])) for c in curves}
-    figures = {
-        "ablation": report.draw_lines(lines, columns=3),
-        "rates": report.draw_lines({"adaptation step": rates}, {"adaptation step": theirs}),
-    }
+    figures = {"ablation": report.draw_lines(lines, columns=3)}
+    figures["rates"] = report.draw_lines({"adaptation step": rates}, {"adaptation step": theirs})
     return Shown(figures)
 
 
@@ -519,9 +508,8 @@ def show_sweep(measured: Measured) -> Shown:
         }
         rows = []
         for name, points in lines.items():
-            rows.append([name, *(report.number(points.get(lam)) for lam in LAMBDAS)])
-            if name in theirs[kind]:
-                rows.append(["  published (paper)", *(report.number(theirs[kind][name].get(lam)) for lam in LAMBDAS)])
+            for label, known in ((name, points), ("  published (paper)", theirs[kind].get(name))):
+                rows += [[label, *(report.number(known.get(lam)) for lam in LAMBDAS)]] if known else []
         texts.append(f"## {kind}\n\n" + report.markdown(["Method, λ =", *map(str, LAMBDAS)], rows))
     return Shown({"sweep": report.draw_lines(ours, theirs, columns=4)}, [], "\n".join(texts))
 
@@ -542,9 +530,8 @@ def show_layers(measured: Measured) -> Shown:
     """Only the deeper MLPs routed: accuracy, parameters and time of evaluation."""
     found = [
         (e["name"], len(e.get("routing", ())), e["average"], e["total_parameters"] / 1e6, e["evaluation_seconds"])
-        for e in measured.first().values()
+        for e in sorted(measured.first().values(), key=lambda entry: len(entry.get("routing", ())))
     ]
-    found.sort(key=lambda values: values[1])
     names = ["accuracy (%)", "parameters (millions)", "seconds of evaluation"]
     panels = {name: {"routed layers": {values[1]: values[i] for values in found}} for i, name in enumerate(names, 2)}
     rows = [[name, str(layers), *map(report.number, values)] for name, layers, *values in found]
@@ -578,10 +565,8 @@ def show_routing(measured: Measured) -> Shown:
     tasks, entry = measured.suite.tasks, measured.first()["WEMoE"]
     figures = {"routing": report.draw_routing(tasks, entry["routing"])}
     figures["first_choice"] = report.draw_routing(tasks, entry["first_choice"], first=True)
-    rows = [
-        [name, report.number(100 * statistics.mean(shares[i] for i, shares in enumerate(matrix)))]
-        for name, matrix in entry["first_choice"].items()
-    ]
+    own = {name: statistics.mean(row[i] for i, row in enumerate(m)) for name, m in entry["first_choice"].items()}
+    rows = [[name, report.number(100 * share)] for name, share in own.items()]
     return Shown(figures, [], report.markdown(["Layer", "own expert first (% of images)"], rows))
 
 
@@ -590,10 +575,7 @@ def show_routing(measured: Measured) -> Shown:
 
 @experiment("vectors", "fig3", minutes=1, methods=[], conditions=lambda *_: [])
 def show_vectors(measured: Measured) -> Shown:
-    """Lengths and angles of task vectors by layer, attention against MLP.
-
-    Means over tasks: |τ_t|, and the cosine of the angle between θ_t and θ_0.
-    """
+    """Lengths |τ_t| and angles between θ_t and θ_0 by layer, attention against MLP: means over tasks."""
     suite, lengths, cosines = measured.suite, {}, {}
     states = [model.state_dict() for model in (suite.pretrained, *suite.experts.values())]
     groups: dict[tuple[str, int], list[str]] = {}
@@ -602,15 +584,10 @@ def show_vectors(measured: Measured) -> Shown:
             groups.setdefault((found[2], int(found[1])), []).append(name)
     for (part, layer), names in sorted(groups.items()):
         start, *ends = (torch.cat([state[name].flatten() for name in names]).double() for state in states)
-        lengths.setdefault(part, {})[layer] = statistics.mean((end - start).norm().item() for end in ends)
-        angles = [F.cosine_similarity(end, start, dim=0).item() for end in ends]
-        cosines.setdefault(part, {})[layer] = statistics.mean(angles)
+        lengths.setdefault(part, {})[layer] = statistics.mean((e - start).norm().item() for e in ends)
+        cosines.setdefault(part, {})[layer] = statistics.mean(F.cosine_similarity(e, start, dim=0).item() for e in ends)
     panels = {"layer: length of τ": lengths, "layer: cosine of θ_t and θ_0": cosines}
-    rows = [
-        [f"{part}, {layer}", f"{length:.4f}", f"{cosines[part][layer]:.6f}"]
-        for part, by_layer in lengths.items()
-        for layer, length in by_layer.items()
-    ]
+    rows = [[f"{p}, {layer}", f"{lengths[p][layer]:.4f}", f"{cosines[p][layer]:.6f}"] for p, layer in sorted(groups)]
     return Shown({"vectors": report.draw_lines(panels, ylabel="")}, [], report.markdown(["Part", *panels], rows))
 
 
@@ -620,10 +597,10 @@ LANDSCAPE = "Task Arithmetic of two tasks"
 @torch.no_grad()
 def landscape(suite: Suite, points: int = 11, count: int = 128) -> tuple[nn.Module, dict]:
     """The mean loss of two tasks' test images over (λ_1, λ_2) in [-1, 1]², on a grid of so many points a side."""
-    (one, two), model = suite.experts.items(), copy.deepcopy(suite.pretrained).to(suite.device)
-    vectors = [wemoe.task_vector(suite.pretrained, expert) for _, expert in (one, two)]
+    model = copy.deepcopy(suite.pretrained).to(suite.device)
+    vectors = [wemoe.task_vector(suite.pretrained, expert) for expert in suite.experts.values()]
     grid = [2 * i / (points - 1) - 1 for i in range(points)]
-    test = {task: [part[:count] for part in suite.test[task]] for task, _ in (one, two)}
+    test = {task: [part[:count] for part in suite.test[task]] for task in suite.experts}
 
     def loss(*scaling: float) -> float:
         model.load_state_dict(wemoe.task_arithmetic(suite.pretrained, vectors, scaling))
@@ -685,26 +662,15 @@ def task_free(suite: Suite, methods: list[str]) -> list[Condition]:
     usual=["Task Arithmetic", "TSV-M", ADAMERGING, "WEMoE", "SMILE", "MASS", "Individual"],
 )
 def show_task_free(measured: Measured) -> Shown:
-    """Accuracy where nobody tells the task of an image: the head is chosen, too.
-
-    It is given, or chosen by each of the rules of suite.evaluate_task_free.
-    """
-    tasks, rules = measured.suite.tasks, {"entropy": "lowest entropy", "routing": "routing weights", "logit": "logit"}
-    groups: dict[str, dict[str, list[float]]] = {"head given": {}} | {text: {} for text in rules.values()}
+    """Accuracy where nobody tells the task of an image: its head is chosen, too (suite.evaluate_task_free)."""
+    rules = {"": "head given", "entropy": "lowest entropy", "routing": "routing weights", "logit": "logit"}
+    groups: dict[str, dict[str, list[float]]] = {text: {} for text in rules.values()}
     for name, entries in measured.entries["main"].items():
-        groups["head given"][name] = report.averages(entries, tasks)
-        for rule, text in rules.items():
-            if rule in entries[0]["task_free"]:
-                chosen = [{"accuracy": entry["task_free"][rule]} for entry in entries]
-                groups[text][name] = report.averages(chosen, tasks)
-    return Shown({"task_free": report.draw_conditions(groups)}, [], by_group(groups))
-
-
-def by_group(groups: dict[str, dict[str, list[float]]]) -> str:
-    """A table of means over seeds: methods by groups."""
-    methods = next(iter(groups.values()))
-    rows = [[name, *(report.spread(group.get(name)) for group in groups.values())] for name in methods]
-    return report.markdown(["Method", *groups], rows)
+        found = [{"": entry["accuracy"], **entry["task_free"]} for entry in entries]
+        for rule in found[0]:
+            chosen = [{"accuracy": accuracy[rule]} for accuracy in found]
+            groups[rules[rule]][name] = report.averages(chosen, measured.suite.tasks)
+    return Shown({"task_free": report.draw_conditions(groups)}, [], report.by_group(groups))
 
 
 def numbers_of_tasks(suite: Suite, methods: list[str]) -> list[Condition]:
@@ -731,4 +697,4 @@ def show_numbers_of_tasks(measured: Measured) -> Shown:
     for condition, group in zip(measured.conditions, groups.values()):
         for name, values in group.items():
             lines.setdefault(name, {})[len(condition.columns["Average"])] = statistics.mean(values)
-    return Shown({"tasks": report.draw_lines({"number of tasks": lines})}, [], by_group(groups))
+    return Shown({"tasks": report.draw_lines({"number of tasks": lines})}, [], report.by_group(groups))

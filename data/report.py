@@ -83,6 +83,13 @@ def markdown(headings: list[str], rows: list[list[str]]) -> str:
     return "".join(line + " |\n" for line in [lines[0], rule, *lines[1:]])
 
 
+def by_group(groups: dict[str, dict[str, list[float]]]) -> str:
+    """A table of means over seeds: methods by groups."""
+    methods = next(iter(groups.values()))
+    rows = [[name, *(spread(group.get(name)) for group in groups.values())] for name in methods]
+    return markdown(["Method", *groups], rows)
+
+
 def tables(conditions: list, entries: dict[str, dict[str, list[dict]]], details: bool) -> str:
     """A table for every condition; conditions that have one method only share a table with what comes before them."""
     shown: list[tuple[object, dict[str, list[dict]]]] = []
