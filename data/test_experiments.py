@@ -1,4 +1,4 @@
-"""What must be true of reproduce.py: it runs from end to end, goes on after a kill, and names what is wrong.
+"""What must be true of reproduce.py: it runs from end to end, goes on after an interruption, and names what is wrong.
 
 On two tasks of the miniature with hardly any training; and on the paper's suite, on a mirror in the real layout with a
 tiny CLIP in the place of ViT-B/32.
@@ -548,6 +548,8 @@ def test_help_tells_the_choices(capsys):
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert all(word in text for word in ("miniature", "--tasks", "WEMoE (0-layer)", "Exit status"))
+    assert reproduce.main(["--experiment", "list"]) == 0
+    assert re.findall(r"^(\w+)(?: \(.*\))?: .+ min\.$", capsys.readouterr().out, re.M) == list(reproduce.EXPERIMENTS)
 
 
 # ---- reproduce.py on the paper's suite: a mirror in the real layout with a tiny CLIP in the place of ViT-B/32 --------
