@@ -332,7 +332,7 @@ def measure(arguments: argparse.Namespace, experiment: experiments.Experiment) -
 
 
 def run_method(suite: Suite, name: str, key: str, cache: Path, change: dict) -> dict:
-    return entry_of(suite, name, METHODS[name], key, cache, change)
+    return entry_of(suite, name, METHODS[name], key, cache, change)  # workers are handed names, not lambdas
 
 
 # ---- The command line ------------------------------------------------------------------------------------------------
