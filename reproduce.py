@@ -27,41 +27,35 @@ if __name__ == "__main__":  # loading the libraries takes seconds
 
 import argparse
 import copy
-import io
 import json
-import platform
 import re
-import time
 from collections.abc import Callable, Iterable
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import open_clip
 import torch
 from torch import Tensor, nn
 
 import wemoe
 from data import baselines, experiments, report
 from data.bench import bench
-from data.dependencies import code_of
-from data.experiments import ADAPTATION, EXPERIMENTS, RANKS, STATIC, STORY, TRAINING_IMAGES, VALIDATION, Measured
-from data.files import InputError, Parser, alone, check_numbers, check_output, fingerprint, one_line, read_kept, write
-from data.miniature.suite import COUNTERPARTS, miniature_suite
+from data.experiments import EXPERIMENTS, RANKS, STORY, Measured
+from data.files import InputError, Parser, alone, check_numbers, check_output, write
+from data.methods import LEARNED, STATIC, TRAINING_IMAGES, VALIDATION, Method, Result, entry_of, model_bytes, trainable
+from data.miniature.suite import miniature_suite
 from data.miniature.tasks import ALL_TASKS, TASKS
 from data.paper.hub import ARCHITECTURES
 from data.paper.hub import TASKS as PAPER_TASKS
 from data.paper.published import PUBLISHED_TASKS
 from data.paper.suite import paper_suite
-from data.processes import barrier, choose_device, each, progress, rank, say, taking_part, world
-from data.suite import Suite, adapt, evaluate, evaluate_task_free, fine_tune, mean, routing
+from data.processes import choose_device, command, each, progress, rank, say, world
+from data.suite import Suite, evaluate, fine_tune, mean, routing
 from data.text.glue import GLUE, SENSELESS, flan_t5_glue_suite, roberta_glue_suite
 from data.text.miniature import TASKS as TEXT_TASKS
 from data.text.miniature import miniature_text_suite
 
-SAMPLES = 32  # of each task's training images, for the methods that look at some
 SUITES = {  # what makes it, and its tasks
     "miniature": (miniature_suite, TASKS),
     **dict.fromkeys(ARCHITECTURES, (paper_suite, PAPER_TASKS)),
@@ -74,9 +68,6 @@ TEXTS = ("miniature-text", *GLUE_SUITES)
 
 # ---- Methods: the experts -> one model for all tasks, or a dict with one for each ------------------------------------
 
-Model = nn.Module | dict[str, nn.Module]
-Result = Model | tuple[Model, dict]  # with what else there is to tell, for results.json and the figures
-
 
 def with_weights(suite: Suite, state: dict[str, Tensor]) -> nn.Module:
     model = copy.deepcopy(suite.pretrained)
@@ -88,30 +79,23 @@ def task_vectors(suite: Suite) -> Iterable[dict[str, Tensor]]:
     return (wemoe.task_vector(suite.pretrained, expert) for expert in suite.experts.values())
 
 
-def one_vector(suite: Suite, rule: Callable) -> list[dict[str, Tensor]]:
-    return [rule(list(task_vectors(suite)))]
-
-
-def merge(suite: Suite, vectors: Iterable[dict[str, Tensor]], scaling: float = 0.3) -> nn.Module:
+def merge(suite: Suite, vectors: Iterable[dict[str, Tensor]] | None = None, scaling: float = 0.3) -> nn.Module:
+    """θ_0 + λ Σ_t τ_t, of all task vectors unless others are given."""
+    vectors = task_vectors(suite) if vectors is None else vectors
     return with_weights(suite, wemoe.task_arithmetic(suite.pretrained, vectors, scaling))
 
 
 def static(suite: Suite, rule: Callable | None = None, scaling: float = 0.3) -> Result:
     """θ_0 + λ Σ_t τ_t, or λ times what the rule makes of all τ_t; with the accuracy at the λ that the suite tries."""
-    vectors, curve = one_vector(suite, rule) if rule else None, []
+    vectors, curve = [rule(list(task_vectors(suite)))] if rule else None, []
     for lam in progress(suite.scalings, "Trying λ", unit="λ", delay=1):
-        accuracy = evaluate(suite, merge(suite, vectors or task_vectors(suite), lam))
+        accuracy = evaluate(suite, merge(suite, vectors, lam))
         curve.append({"scaling": lam, "accuracy": accuracy, "average": mean(accuracy)})
-    return merge(suite, vectors or task_vectors(suite), scaling), {"curve": curve} if curve else {}
+    return merge(suite, vectors, scaling), {"curve": curve} if curve else {}
 
 
-def wudi(suite: Suite) -> Result:
-    """With Adam's steps as long as they were in fine-tuning, and so as in the paper, which takes 1e-5 for both."""
-    return static(suite, partial(baselines.wudi, lr=suite.training.lr), scaling=1.0)
-
-
-def samples(suite: Suite) -> dict[str, Tensor]:
-    return {task: suite.inputs(suite.load(task, "train", SAMPLES)[0]) for task in suite.experts}
+def samples(suite: Suite, count: int = 32) -> dict[str, Tensor]:
+    return {task: suite.inputs(suite.load(task, "train", count)[0]) for task in suite.experts}
 
 
 def fisher_merging(suite: Suite) -> Result:
@@ -129,13 +113,17 @@ def twin_merging(suite: Suite) -> Result:
     return model, {"routing": routing(suite, model)["routing"]}
 
 
+def under(mask: dict[str, Tensor], tau: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {entry: mask[entry] * value for entry, value in tau.items()}
+
+
 def masked(suite: Suite, unify: Callable) -> Result:
     """For each task the entries of one vector that its mask leaves, times a number where the method has one."""
-    unified, masks, *rescalers = unify(list(task_vectors(suite)))
-    models, bits = {}, sum(mask.numel() for mask in masks[0].values())
-    for task, mask, rescaler in zip(suite.experts, masks, *rescalers or [[1.0] * len(masks)]):
-        models[task] = merge(suite, [{entry: mask[entry] * tau for entry, tau in unified.items()}], rescaler)
+    unified, masks, *numbers = unify(list(task_vectors(suite)))
+    numbers = numbers[0] if numbers else [1.0] * len(masks)
+    models = {t: merge(suite, [under(mask, unified)], n) for t, mask, n in zip(suite.experts, masks, numbers)}
     # What has to be kept: the pre-trained model, one vector, and for every task one bit a parameter and one number.
+    bits = sum(mask.numel() for mask in masks[0].values())
     size = 2 * model_bytes(suite.pretrained) + len(models) * (bits // 8 + 4)
     return models, {"bytes": size, "total_parameters": 2 * bits + len(models)}
 
@@ -160,34 +148,24 @@ def concrete(suite: Suite, adapt: Callable, then_lambda: bool = False) -> Result
 
     The paper of the method learns the mask for λ after one step of descent; the step is left out here.
     """
-    settings, part = suite.adaptation, "mask" if then_lambda else ""
-    model = baselines.ConcreteMask(suite.pretrained, task_vectors(suite))
-    merged, record = learn(suite, adapt, model, steps=settings.mask_steps, lr=settings.mask_lr, part=part)
+    settings, model = suite.adaptation, baselines.ConcreteMask(suite.pretrained, task_vectors(suite))
+    merged, record = learn(suite, adapt, model, steps=settings.mask_steps, lr=settings.mask_lr, part="mask")
     if not then_lambda:
         return merged, record
     with torch.no_grad():
         masks = {entry: mask.cpu() for entry, mask in model.masks().items()}
-
-    def mask_all(vectors: Iterable[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-        return [{entry: masks[entry] * value for entry, value in tau.items()} for tau in vectors]
-
-    merged, then = ada_merging(suite, adapt, edit=mask_all)
+    merged, then = ada_merging(suite, adapt, edit=lambda vectors: [under(masks, tau) for tau in vectors])
     return merged, then | {"learned": record["learned"] + then["learned"]}
 
 
 def ada_rank(suite: Suite, adapt: Callable) -> Result:
-    settings = suite.adaptation
-    model = baselines.AdaRank(suite.pretrained, task_vectors(suite), init_lambda=settings.init_lambda)
+    settings, vectors = suite.adaptation, task_vectors(suite)
+    model = baselines.AdaRank(suite.pretrained, vectors, init_lambda=settings.init_lambda)
     return learn(suite, adapt, model, steps=settings.mask_steps, lr=settings.lambda_lr)
 
 
 def mixture(
-    suite: Suite,
-    adapt: Callable,
-    objective: Callable[[Tensor], Tensor] = wemoe.mean_entropy,
-    shared: bool = False,
-    elsewhere: Callable | None = None,
-    **options,
+    suite: Suite, adapt: Callable, objective: Callable = wemoe.mean_entropy, shared=False, elsewhere=None, **options
 ) -> Result:
     """WEMoE, adapted to the unlabelled test images; `options` are those of wemoe.upscale.
 
@@ -199,14 +177,13 @@ def mixture(
         model.load_state_dict(not_routed(suite, model, elsewhere), strict=False)
     model = baselines.share_router(model) if shared else model
     model = baselines.average_over_batch(model) if settings.settings == "hub" else model
-    model = model.to(suite.device)
-    curve = adapt(model, steps=settings.steps, lr=settings.lr, objective=objective)
+    curve = adapt(model.to(suite.device), steps=settings.steps, lr=settings.lr, objective=objective)
     return model, {"adaptation": curve, **routing(suite, model)}
 
 
 def not_routed(suite: Suite, model: nn.Module, rule: Callable | None) -> dict[str, Tensor]:
     """A static merge's weights for what is not routed in the upscaled model, where names are the same."""
-    merged = merge(suite, one_vector(suite, rule), 1.0) if rule else merge(suite, task_vectors(suite))
+    merged, _ = static(suite, rule, 1.0 if rule else 0.3)
     return {name: p for name, p in merged.state_dict().items() if name in model.state_dict()}
 
 
@@ -222,10 +199,7 @@ def unloaded(suite: Suite, adapt: Callable) -> Result:
 def oracle_routing(suite: Suite, elsewhere: Callable | None = None) -> Result:
     """For each task its own expert's MLPs, and all else merged: what routers could reach that know the task."""
     merged = not_routed(suite, wemoe.upscale(suite.pretrained, suite.experts, router_depth=0), elsewhere)
-    models = copy.deepcopy(suite.experts)
-    for model in models.values():
-        model.load_state_dict(merged, strict=False)
-    return models
+    return {task: with_weights(suite, expert.state_dict() | merged) for task, expert in suite.experts.items()}
 
 
 def mass(suite: Suite) -> Result:
@@ -240,33 +214,8 @@ def multi_task_learning(suite: Suite) -> Result:
     return fine_tune(half, list(suite.experts), "Traditional MTL")
 
 
-def trainable(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def model_bytes(model: nn.Module) -> int:
-    """What its parameters and buffers take, in memory and on disk; a tensor with two names counts once."""
-    return sum(t.numel() * t.element_size() for t in {*model.parameters(), *model.buffers()})
-
-
-@dataclass(frozen=True)
-class Method:
-    """`seconds` is about what it takes in the miniature, on one core of two; `arxiv` the paper that defines it."""
-
-    group: str
-    make: Callable[..., Result]  # of the suite; in the group LEARNED, of `adapt`, too
-    seconds: int
-    arxiv: str = ""
-    given: str = ""  # TRAINING_IMAGES, or VALIDATION to choose λ by
-
-    @property
-    def needs(self) -> list[str]:  # besides the experts (Table 7)
-        return [need for need in (self.given, ADAPTATION if self.group == LEARNED else "") if need]
-
-
 GIVEN = "given training images, or the task of every image"
-SINCE, ROUTED = "static, newer than WEMoE", "routed without training"
-LEARNED, REFERENCE = "learned without labels", "for reference"
+SINCE, ROUTED, REFERENCE = "static, newer than WEMoE", "routed without training", "for reference"
 PLUS_PLUS = partial(ada_merging, edit=baselines.trim_and_elect)
 E_WEMOE = partial(mixture, layer=partial(baselines.SparseLinear, keep=0.1), shared=True)
 
@@ -276,14 +225,15 @@ def low_rank(rank: int) -> Method:
 
 
 METHODS = {
-    "Weight Averaging": Method(STATIC, lambda s: merge(s, task_vectors(s), 1 / len(s.experts)), 3, "2203.05482"),
+    "Weight Averaging": Method(STATIC, lambda s: merge(s, scaling=1 / len(s.experts)), 3, "2203.05482"),
     "Task Arithmetic": Method(STATIC, static, 25, "2212.04089", VALIDATION),
     "TIES-Merging": Method(STATIC, partial(static, rule=baselines.ties), 25, "2306.01708", VALIDATION),
     "Consensus Merging": Method(SINCE, partial(static, rule=baselines.consensus), 4, "2405.07813"),
     "TSV-M": Method(SINCE, partial(static, rule=baselines.tsv_merge, scaling=1.0), 6, "2412.00081"),
     "Iso-C": Method(SINCE, partial(static, rule=baselines.iso_c, scaling=1.0), 4, "2502.04959"),
     "Iso-CTS": Method(SINCE, partial(static, rule=baselines.iso_cts, scaling=1.0), 6, "2502.04959"),
-    "WUDI": Method(SINCE, wudi, 21, "2503.08099"),
+    # Adam's steps as long as they were in fine-tuning, and so as in the paper, which takes 1e-5 for both.
+    "WUDI": Method(SINCE, lambda s: static(s, partial(baselines.wudi, lr=s.training.lr), 1.0), 21, "2503.08099"),
     "Fisher Merging": Method(GIVEN, fisher_merging, 20, "2111.09832", TRAINING_IMAGES),
     "RegMean": Method(GIVEN, regmean, 5, "2212.09849", TRAINING_IMAGES),
     "Twin-Merging": Method(GIVEN, twin_merging, 30, "2406.15479", TRAINING_IMAGES),
@@ -339,7 +289,7 @@ def run(arguments: argparse.Namespace) -> bool:
     text += f"\n{measured.suite.note}\n" if measured and measured.suite.note else ""
     if measured and (measured.suite.source or arguments.settings == "hub"):
         text += f"\nMethods that adapt did so with the settings of the {SETTINGS[arguments.settings]}.\n"
-    results = results_of(arguments, measured, shown.claims)
+    results = report.results_of(arguments, measured, shown.claims)
     write(output / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
     write(output / "table.md", lambda path: path.write_text(text))
     for name, figure in shown.figures.items():
@@ -382,77 +332,7 @@ def measure(arguments: argparse.Namespace, experiment: experiments.Experiment) -
 
 
 def run_method(suite: Suite, name: str, key: str, cache: Path, change: dict) -> dict:
-    """The method's entry in results.json, read from the cache if it is there.
-
-    `change` is what suite.variant takes, and `task_free`: whether the accuracy without the task is measured, too.
-    """
-    method, change = METHODS[name], dict(change)
-    task_free = change.pop("task_free", False)
-    scalings = suite.scalings if method.group == STATIC else ()  # others try none
-    key = fingerprint(key, name, change, scalings, code_of(method.make), code_of(evaluate), code_of(adapt))
-    folder = cache / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{key}"
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / ("task_free.json" if task_free else "result.json")  # with one adaptation for both
-    barrier()
-    about = {"name": name, "group": method.group, "needs": method.needs, "arxiv": method.arxiv}
-    if file.exists():
-        return read_kept(file, lambda path: json.loads(path.read_text())) | about
-    start = time.perf_counter()
-    torch.manual_seed(suite.seed)
-    suite = replace(suite.variant(**change), scalings=scalings)
-
-    def adapt_this(model: nn.Module, part: str = "", **options) -> dict:
-        label = f"{name}, {part}" if part else name
-        return adapt(suite, model, label, folder / f"{part or 'adaptation'}.pt", **options)
-
-    result = method.make(suite, adapt_this) if method.group == LEARNED else method.make(suite)
-    model, record = result if isinstance(result, tuple) else (result, {})
-    before = time.perf_counter()
-    accuracy = evaluate(suite, model)
-    after = time.perf_counter()
-    models = list(model.values()) if isinstance(model, dict) else [model]
-    entry = {
-        **about,
-        "accuracy": {task: round(value, 2) for task, value in accuracy.items()},
-        "average": round(mean(accuracy), 2),
-        "seconds": round(after - start, 1),
-        "evaluation_seconds": round(after - before, 4),
-        "trainable_parameters": sum(map(trainable, models)),
-        "total_parameters": experiments.count(models),
-        "bytes": sum(map(model_bytes, models)),
-        **record,
-        **({"task_free": evaluate_task_free(suite, model)} if task_free else {}),
-    }
-    if rank() == 0:
-        write(file, lambda path: path.write_text(json.dumps(entry)))
-    barrier()
-    return entry
-
-
-def results_of(arguments: argparse.Namespace, measured: Measured | None, claims: list[dict]) -> dict:
-    """What results.json holds."""
-    results = {
-        "suite": arguments.name,
-        **{name: getattr(arguments, name) for name in ("experiment", "seed", "seeds", "device")},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "open_clip": open_clip.__version__,
-        },
-        "claims": claims,
-    }
-    if measured is None:
-        return results
-    suite, conditions, entries = measured.suite, measured.conditions, measured.entries
-    adaptation = asdict(suite.adaptation)
-    results["settings"] = {"precision": suite.precision, "adaptation": adaptation, "limit": arguments.limit}
-    results["tasks"] = suite.tasks
-    if arguments.experiment == "main":
-        results["methods"] = [seeds[0] for seeds in entries["main"].values()]
-        results["published"] = conditions[0].published
-    if arguments.experiment != "main" or arguments.seeds > 1:
-        results["conditions"] = [dict(asdict(c), methods=entries[c.name]) for c in conditions]
-    return results
+    return entry_of(suite, name, METHODS[name], key, cache, change)  # workers are handed names, not lambdas
 
 
 # ---- The command line ------------------------------------------------------------------------------------------------
@@ -493,8 +373,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parsed = parser.parse_args(arguments)
     numbers = {number: name for name, experiment in EXPERIMENTS.items() for number in experiment.paper}
     number = re.sub(r"[ .]", "", parsed.experiment.lower()).replace("figure", "fig")  # "Figure 3", "Appendix B.3"
-    wanted = numbers.get(number, parsed.experiment)
-    (parsed.experiment,) = choose("experiment", [wanted], list(EXPERIMENTS))
+    (parsed.experiment,) = choose("experiment", [numbers.get(number, parsed.experiment)], list(EXPERIMENTS))
     check_numbers(parsed, {"steps": 1, "seed": 0, "seeds": 1, "limit": 1, "workers": 1})
     check_output(parsed.output)
     parsed.device = choose_device(parsed.device)
@@ -502,8 +381,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     check_together(parsed)
     choose_tasks_and_methods(parsed)
     experiment = EXPERIMENTS[parsed.experiment]
-    if parsed.suite in MINIATURES:
-        parsed.steps = parsed.steps or experiment.steps
+    parsed.steps = parsed.steps or (experiment.steps if parsed.suite in MINIATURES else None)
     parsed.seeds = parsed.seeds or experiment.seeds
     parsed.workers = parsed.workers or (min(2, os.cpu_count() or 1) if parsed.on_cores else 1)
     parsed.name = parsed.suite if not parsed.arch else f"{parsed.arch}-{parsed.pretrained}"
@@ -517,112 +395,65 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def check_together(parsed: argparse.Namespace) -> None:
     """Raise InputError for options that do not go together."""
-    text, hub = parsed.suite in TEXTS, parsed.settings == "hub"
-    if text and parsed.experiment not in ("main", "depths", "ablation"):
-        raise InputError(f"{parsed.suite} has main, depths and ablation: {parsed.experiment} is about images")
-    if parsed.tasks and EXPERIMENTS[parsed.experiment].tasks:
-        raise InputError(f"--tasks is not for the experiment {parsed.experiment}, which has its own")
-    refused = ("hub", "limit") if parsed.suite in MINIATURES else ()
-    refused += ("experts", "finetune", "arch") if parsed.suite not in ARCHITECTURES else ()
-    for option in refused:
-        if getattr(parsed, option):
-            raise InputError(f"--{option} is for the paper's suites: {', '.join(ARCHITECTURES)}")
-    if (parsed.arch or parsed.pretrained != "openai") and not parsed.finetune:
-        raise InputError("--arch and --pretrained need --finetune: no experts are published for them")
-    if parsed.finetune and parsed.experts:
-        raise InputError("--finetune makes the experts, --experts reads them: choose one")
-    if (parsed.workers or 1) > 1 and not parsed.on_cores:
-        raise InputError("--workers is for the miniature on a CPU; on several GPUs use torchrun")
-    if hub and text:
-        raise InputError("--settings hub is for images: of texts, the hub has no rows of methods that adapt")
-    if hub and world() > 1:
-        raise InputError("--settings hub averages routing weights over whole batches: it runs in one process")
+    text, hub, own_tasks = parsed.suite in TEXTS, parsed.settings == "hub", EXPERIMENTS[parsed.experiment].tasks
+    images_only = text and parsed.experiment not in ("main", "depths", "ablation")
+    paper_only = ("hub", "limit") if parsed.suite in MINIATURES else ()
+    paper_only += ("experts", "finetune", "arch") if parsed.suite not in ARCHITECTURES else ()
+    odd = next((option for option in paper_only if getattr(parsed, option)), None)
+    another = (parsed.arch or parsed.pretrained != "openai") and not parsed.finetune
+    workers = (parsed.workers or 1) > 1 and not parsed.on_cores
+    for wrong, sentence in (
+        (images_only, f"{parsed.suite} has main, depths and ablation: {parsed.experiment} is about images"),
+        (parsed.tasks and own_tasks, f"--tasks is not for the experiment {parsed.experiment}, which has its own"),
+        (odd, f"--{odd} is for the paper's suites: {', '.join(ARCHITECTURES)}"),
+        (another, "--arch and --pretrained need --finetune: no experts are published for them"),
+        (parsed.finetune and parsed.experts, "--finetune makes the experts, --experts reads them: choose one"),
+        (workers, "--workers is for the miniature on a CPU; on several GPUs use torchrun"),
+        (hub and text, "--settings hub is for images: of texts, the hub has no rows of methods that adapt"),
+        (hub and world() > 1, "--settings hub averages routing weights over whole batches: it runs in one process"),
+    ):
+        if wrong:
+            raise InputError(sentence)
 
 
 def choose_tasks_and_methods(parsed: argparse.Namespace) -> None:
     """In the place of names, those of the experiment that are wanted; and what has to be read for them."""
-    experiment, miniature = EXPERIMENTS[parsed.experiment], parsed.suite in MINIATURES
-    if experiment.tasks:
-        parsed.tasks = [COUNTERPARTS[task] if miniature else task for task in experiment.tasks]
-    more = experiment.more_tasks and parsed.suite == "miniature"
-    known = list(ALL_TASKS if more else SUITES[parsed.suite][1])
+    experiment = EXPERIMENTS[parsed.experiment]
+    known = list(ALL_TASKS if experiment.more_tasks and parsed.suite == "miniature" else SUITES[parsed.suite][1])
     usual = PUBLISHED_TASKS if parsed.suite in ARCHITECTURES else known
+    usual = experiments.in_suite(known, experiment.tasks) if experiment.tasks else usual
     parsed.tasks = choose("task", parsed.tasks or usual, known)
     parsed.whole = bool(experiment.tasks) or parsed.tasks == PUBLISHED_TASKS  # as what is published
     senseless = SENSELESS if parsed.suite in GLUE_SUITES else ()
     senseless += ("MASS",) if parsed.suite in TEXTS else ()  # which routes by images
-    methods = MAIN if experiment.methods is None else experiment.methods
-    methods = [name for name in methods if name not in senseless]
+    methods = [name for name in (MAIN if experiment.methods is None else experiment.methods) if name not in senseless]
+    untrained = [name for name in methods if METHODS[name].given != TRAINING_IMAGES]
+    usual = (experiment.usual or methods) if parsed.suite in MINIATURES else untrained
+    everything = [name.lower() for name in parsed.methods or ()] == ["all"]
     kind = "method" if parsed.experiment == "main" else f"method of the experiment {parsed.experiment}"
-    if parsed.methods and [name.lower() for name in parsed.methods] != ["all"]:
-        parsed.methods = choose(kind, parsed.methods, methods)
-    elif parsed.methods:
-        parsed.methods = methods
-    elif miniature:
-        parsed.methods = [name for name in methods if name in (experiment.usual or methods)]
-    else:
-        parsed.methods = [name for name in methods if METHODS[name].given != TRAINING_IMAGES]
+    parsed.methods = choose(kind, methods if everything else parsed.methods or usual, methods)
     trains = any(METHODS[name].given == TRAINING_IMAGES for name in parsed.methods)
     parsed.splits = experiment.splits + (("train",) if trains else ())
 
 
 def choose(kind: str, wanted: list[str], known: list[str]) -> list[str]:
     """The known names that are wanted, in their own order; case does not matter."""
-    exact = {name.lower(): name for name in known}
-    if unknown := [name for name in wanted if name.lower() not in exact]:
+    wanted, exact = {name.lower(): name for name in wanted}, {name.lower(): name for name in known}
+    if unknown := [name for lower, name in wanted.items() if lower not in exact]:
         raise InputError(f"unknown {kind} {unknown[0]!r}: choose among {', '.join(map(repr, known))}")
-    return [name for name in known if name.lower() in {name.lower() for name in wanted}]
+    return [name for lower, name in exact.items() if lower in wanted]
 
 
-def list_experiments() -> None:
-    for name, experiment in EXPERIMENTS.items():
-        needs = f"{len(experiment.tasks)} tasks" if experiment.tasks else "the suite"
-        needs += " and their corrupted test images" if experiment.splits else ""
-        needs = needs if experiment.conditions else "nothing"
-        numbers = f" ({', '.join(experiment.paper)})" if experiment.paper else ""
-        say(f"{name}{numbers}: {experiment.about}; needs {needs}; in the miniature, some {experiment.minutes} min")
-
-
-OUT_OF_MEMORY = """out of memory; what is finished is kept. Adaptation takes most: --adapt-precision bfloat16
-halves its activations, --methods leaves methods out, --device cpu has more room"""
-
-
-@taking_part()
-def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # on a terminal that has no ✓
-    try:
-        if arguments[:1] == ["bench"]:
-            return 0 if bench(arguments[1:]) else 1
-        if "list" in arguments and "--experiment" in arguments:
-            return list_experiments() or 0
-        parsed = parse_arguments(arguments)
-        with alone(parsed.cached.parent) if rank() == 0 else nullcontext():  # the first process has it for all
-            return 0 if run(parsed) else 1
-    except (InputError, OSError, FloatingPointError) as error:
-        return fail(error)
-    except torch.linalg.LinAlgError as error:
-        return fail(f"a decomposition failed ({one_line(error)}); --methods leaves out what is of low rank")
-    except BrokenProcessPool:
-        return fail("a worker was killed, perhaps for want of memory; the same command goes on, --workers 1 takes less")
-    except (MemoryError, RuntimeError) as error:
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)  # on a CPU
-        if not known:
-            raise
-        return fail(f"{OUT_OF_MEMORY} ({one_line(error)})")
-    except KeyboardInterrupt:
-        hint = "" if arguments[:1] == ["bench"] else "; the same command goes on from what is finished"
-        print(f"\nreproduce.py: interrupted{hint}", file=sys.stderr)
-        return 130
-
-
-def fail(error: object) -> int:
-    print("reproduce.py: error: " + " ".join(str(error).split()), file=sys.stderr)
-    if world() > 1:
-        os._exit(2)  # the other processes wait for this one: torchrun ends them
-    return 2
+@command
+def main(arguments: list[str]) -> bool:
+    if arguments[:1] == ["bench"]:
+        return bench(arguments[1:])
+    if "list" in arguments and "--experiment" in arguments:
+        say(experiments.listed())
+        return True
+    parsed = parse_arguments(arguments)
+    with alone(parsed.cached.parent) if rank() == 0 else nullcontext():  # the first process has it for all
+        return run(parsed)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """What the experiments measure and show: methods under conditions; figures and claims made of what came out.
 
-An experiment is two functions: one makes its conditions of a suite and the methods chosen, the other makes figures and
-claims of the entries that came out, one for each method under each condition and seed. The latter is put into
-EXPERIMENTS by `@experiment`, which says what else there is to know of it; most share the conditions of `one_table`.
-What is known of a method comes with its entry: its group, what it needs, how it was adapted.
+An experiment is two functions: one makes its conditions of a suite and the methods chosen (most share `one_table`), the
+other makes figures and claims of the entries that came out, one for each method under each condition and seed. The
+latter is put into EXPERIMENTS by `@experiment`, which says what else there is to know, and its docstring.
 """
 
 import copy
@@ -12,8 +11,8 @@ import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import NamedTuple
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -21,21 +20,19 @@ from torch import nn
 
 import wemoe
 from data import report
+from data.methods import STATIC, TRAINING_IMAGES
 from data.miniature.corruptions import CORRUPTIONS
 from data.miniature.suite import COUNTERPARTS
 from data.paper import published
-from data.paper.hub import ARCHITECTURES
+from data.paper.parameters import compared, rounds_to
 from data.suite import CURVE_IMAGES, Suite
 
-# What a method may need besides the experts (Table 7).
-TRAINING_IMAGES, VALIDATION = "labelled task data", "labelled validation data"
-ADAPTATION = "test-time adaptation"
-STATIC = "static"  # the group of the methods that merge once and look at no data
 # Methods by their names in reproduce.METHODS: by the routers' depth, by rank; the story in short; under other images.
 DEPTHS = {0: "WEMoE (0-layer)", 1: "WEMoE (1-layer)", 2: "WEMoE"}
 RANKS = {rank: f"WEMoE (rank {rank})" for rank in (1, 2, 4, 8, 16, 32)}
-STORY = ["Pre-trained", "Weight Averaging", "Task Arithmetic", "AdaMerging (layer-wise)", "WEMoE", "Individual"]
-SHIFTED = ["Task Arithmetic", "TIES-Merging", "Fisher Merging", "RegMean", "AdaMerging (layer-wise)"]
+ADAMERGING, DIVERSE = "AdaMerging (layer-wise)", "WEMoE + diversity"
+STORY = ["Pre-trained", "Weight Averaging", "Task Arithmetic", ADAMERGING, "WEMoE", "Individual"]
+SHIFTED = ["Task Arithmetic", "TIES-Merging", "Fisher Merging", "RegMean", ADAMERGING]
 SHIFTED += ["AdaMerging++ (layer-wise)", DEPTHS[0], DEPTHS[2]]
 
 
@@ -93,14 +90,19 @@ def one_table(suite: Suite, methods: list[str], rows: Callable | None = None) ->
     return [Condition("main", methods, {}, {"Average": suite.tasks}, known)]
 
 
+def beside(rows: Callable) -> Callable:
+    return partial(one_table, rows=rows)
+
+
 @dataclass(frozen=True)
 class Experiment:
-    about: str
-    minutes: int  # some, that it takes in the miniature on 2 cores: an estimate, by its methods' seconds
+    """The docstring of `show` tells what it is, in one line."""
+
     show: Callable[[Measured], Shown]
+    paper: tuple[str, ...]  # its numbers in the paper
+    minutes: int  # some, that it takes in the miniature on 2 cores: an estimate, by its methods' seconds
     methods: list[str] | None = None  # that it may run; None: all of the main table
     conditions: Callable[[Suite, list[str]], list[Condition]] | None = one_table  # None: it needs no suite
-    paper: tuple[str, ...] = ()  # its numbers in the paper
     usual: list[str] | None = None  # that it runs unless told otherwise; None: all of them
     tasks: list[str] | None = None  # if it has its own, of the paper's suites; in the miniature, their counterparts
     more_tasks: bool = False  # whether it takes all that the miniature can draw, and not the first eight only
@@ -114,29 +116,45 @@ class Experiment:
 EXPERIMENTS: dict[str, Experiment] = {}
 
 
-def experiment(name: str, *about, **more) -> Callable:
-    """Put an experiment into EXPERIMENTS, under this name, with the decorated function for what it shows."""
+def experiment(name: str, *paper: str, **more) -> Callable:
+    """Put an experiment into EXPERIMENTS, with its numbers in the paper and the decorated function as its `show`."""
 
     def put(show: Callable[[Measured], Shown]) -> Callable[[Measured], Shown]:
-        EXPERIMENTS[name] = Experiment(*about, show=show, **more)
+        EXPERIMENTS[name] = Experiment(show, paper, **more)
         return show
 
     return put
+
+
+def listed() -> str:
+    """The experiments, a line for each."""
+    lines = []
+    for name, chosen in EXPERIMENTS.items():
+        numbers = f" ({', '.join(chosen.paper)})" if chosen.paper else ""
+        needs = f"{len(chosen.tasks)} tasks" if chosen.tasks else "the suite" if chosen.conditions else "nothing"
+        needs += " and their corrupted test images" if chosen.splits else ""
+        lines.append(
+            f"{name}{numbers}: {chosen.show.__doc__} Needs {needs}; in the miniature, some {chosen.minutes} min."
+        )
+    return "\n".join(lines)
 
 
 def claim(text: str, holds: bool, detail: str) -> dict:
     return {"claim": text, "holds": bool(holds), "detail": detail}
 
 
-Expected = tuple[str, tuple[str, ...], Callable[..., bool], str]  # text, methods, whether it holds, detail
+class Expected(NamedTuple):
+    methods: tuple[str, ...]
+    holds: Callable[..., bool]  # of their average accuracies
+    detail: str  # with places for these
 
 
-def claims_about(averages: dict[str, float], expected: tuple[Expected, ...]) -> list[dict]:
+def claims_about(averages: dict[str, float], expected: dict[str, Expected]) -> list[dict]:
     """What is expected of the average accuracies of methods; claims about methods that were not run are left out."""
     claims = []
-    for text, names, holds, detail in expected:
-        if all(name in averages for name in names):
-            values = [averages[name] for name in names]
+    for text, (methods, holds, detail) in expected.items():
+        if averages.keys() >= set(methods):
+            values = [averages[name] for name in methods]
             claims.append(claim(text, holds(*values), detail.format(*values)))
     return claims
 
@@ -173,19 +191,13 @@ def published_claims(measured: Measured) -> list[dict]:
 # ---- Eight tasks: Tables 2, 3 and 7; 10; 6 ---------------------------------------------------------------------------
 
 
-@experiment(
-    "main",
-    "methods on every task, and what each needs besides the experts",
-    minutes=4,
-    paper=("table2", "table3", "table7"),
-    usual=STORY,
-    details=True,
-)
+@experiment("main", "table2", "table3", "table7", minutes=4, usual=STORY, details=True)
 def show_main(measured: Measured) -> Shown:
+    """Methods on every task, and what each needs besides the experts."""
     suite, entries = measured.suite, measured.first()
     average = {name: round(measured.average("main", name), 2) for name in entries}
-    count = sum(len(labels) for _, labels in suite.test.values())
     figures = {"accuracy": report.draw_accuracy(suite.tasks, list(entries.values()))}
+    count = sum(len(labels) for _, labels in suite.test.values())
     figures["costs"] = report.draw_costs(measured.entries["main"], count)
     if all(images.dim() == 4 for images, _ in suite.test.values()):  # and not texts
         figures["tasks"] = report.draw_tasks(suite.test)
@@ -204,45 +216,29 @@ def by_scaling(entry: dict, tasks: list[str]) -> dict[float, float]:
     return {p["scaling"]: statistics.mean(p["accuracy"][task] for task in tasks) for p in entry["curve"]}
 
 
-IN_THE_PAPER: tuple[Expected, ...] = (
-    (
-        "Every expert's task is within its reach: the individual models average at least 90 %",
-        ("Individual",),
-        lambda i: i >= 90,
-        "{:.1f}",
+IN_THE_PAPER = {
+    "Every expert's task is within its reach: the individual models average at least 90 %": Expected(
+        ("Individual",), lambda i: i >= 90, "{:.1f}"
     ),
-    (
-        "The static merges of its time lose at least 8 points against the individual models, even at the best λ",
-        ("Best static", "Individual"),
-        lambda s, i: s <= i - 8,
-        "{:.1f} ≤ {:.1f} - 8",
+    "The static merges of its time lose at least 8 points against the individual models, even at the best λ": Expected(
+        ("Best static", "Individual"), lambda s, i: s <= i - 8, "{:.1f} ≤ {:.1f} - 8"
     ),
-    (
-        "The order is the paper's: pre-trained < averaging and task arithmetic < WEMoE ≤ individual",
+    "The order is the paper's: pre-trained < averaging and task arithmetic < WEMoE ≤ individual": Expected(
         ("Pre-trained", "Weight Averaging", "Task Arithmetic", "WEMoE", "Individual"),
         lambda p, a, t, w, i: p < min(a, t) and max(a, t) < w <= i,
         "{:.1f} < {:.1f}, {:.1f} < {:.1f} ≤ {:.1f}",
     ),
-    (
-        "WEMoE is at least 5 points better than every static merge of its time",
-        ("WEMoE", "Best static"),
-        lambda w, s: w >= s + 5,
-        "{:.1f} ≥ {:.1f} + 5",
+    "WEMoE is at least 5 points better than every static merge of its time": Expected(
+        ("WEMoE", "Best static"), lambda w, s: w >= s + 5, "{:.1f} ≥ {:.1f} + 5"
     ),
-    ("WEMoE is better than AdaMerging", ("WEMoE", "AdaMerging (layer-wise)"), lambda w, a: w > a, "{:.1f} > {:.1f}"),
-    (
-        "WEMoE recovers at least 95 % of the individual models' accuracy",
-        ("WEMoE", "Individual"),
-        lambda w, i: w >= 0.95 * i,
-        "{:.1f} ≥ 0.95 · {:.1f}",
+    "WEMoE is better than AdaMerging": Expected(("WEMoE", ADAMERGING), lambda w, a: w > a, "{:.1f} > {:.1f}"),
+    "WEMoE recovers at least 95 % of the individual models' accuracy": Expected(
+        ("WEMoE", "Individual"), lambda w, i: w >= 0.95 * i, "{:.1f} ≥ 0.95 · {:.1f}"
     ),
-    (
-        "Routers that look at the input are not worse than constant ones",
-        tuple(DEPTHS.values()),
-        lambda zero, one, two: zero <= min(one, two),
-        "0, 1, 2 layers: {:.1f}, {:.1f}, {:.1f}",
+    "Routers that look at the input are not worse than constant ones": Expected(
+        tuple(DEPTHS.values()), lambda zero, one, two: zero <= min(one, two), "0, 1, 2 layers: {:.1f}, {:.1f}, {:.1f}"
     ),
-)
+}
 
 
 def paper_claims(entries: dict[str, list[dict]]) -> list[dict]:
@@ -255,19 +251,17 @@ def paper_claims(entries: dict[str, list[dict]]) -> list[dict]:
     claims = claims_about(average, IN_THE_PAPER)
     if "WEMoE" in entries:
         curves = [entry["adaptation"] for entry in entries["WEMoE"]]
-        entropy, accuracy = (
-            [statistics.mean(values) for values in zip(*(curve[what] for curve in curves))]
-            for what in ("entropy", "accuracy")
-        )
-        tenth = max(1, len(entropy) // 10)
-        first, last = (statistics.mean(part) for part in (entropy[:tenth], entropy[-tenth:]))
+        tenth = max(1, len(curves[0]["entropy"]) // 10)
+        first = statistics.mean(value for curve in curves for value in curve["entropy"][:tenth])
+        last = statistics.mean(value for curve in curves for value in curve["entropy"][-tenth:])
+        before, after = (statistics.mean(curve["accuracy"][i] for curve in curves) for i in (0, -1))
         text = f"As the entropy falls, accuracy rises (on {CURVE_IMAGES} test images of each task)"
-        detail = f"entropy {first:.2f} → {last:.2f} nats, accuracy {accuracy[0]:.1f} → {accuracy[-1]:.1f}"
-        claims.append(claim(text, last < first and accuracy[-1] > accuracy[0], detail))
+        detail = f"entropy {first:.2f} → {last:.2f} nats, accuracy {before:.1f} → {after:.1f}"
+        claims.append(claim(text, last < first and after > before, detail))
     return claims
 
 
-def show_methods(measured: Measured, expected: tuple[Expected, ...]) -> Shown:
+def show_methods(measured: Measured, expected: dict[str, Expected]) -> Shown:
     """A heat map of one table; in the miniature, what is expected of it."""
     figures = {"accuracy": report.draw_accuracy(measured.suite.tasks, list(measured.first().values()))}
     if measured.suite.of_the_paper:
@@ -276,62 +270,38 @@ def show_methods(measured: Measured, expected: tuple[Expected, ...]) -> Shown:
 
 
 @experiment(
-    "depths",
-    "routers of no, one and two layers",
-    minutes=4,
-    methods=["AdaMerging (layer-wise)", *DEPTHS.values()],
-    conditions=partial(one_table, rows=published.router_depths),
-    paper=("table10",),
+    "depths", "table10", minutes=4, methods=[ADAMERGING, *DEPTHS.values()], conditions=beside(published.router_depths)
 )
 def show_depths(measured: Measured) -> Shown:
-    return show_methods(
-        measured,
-        (
-            (
-                "Routers of one layer are within a point of two",
-                (DEPTHS[1], DEPTHS[2]),
-                lambda one, two: abs(one - two) <= 1,
-                "{:.1f} and {:.1f}",
-            ),
-            (
-                "Both are better than AdaMerging",
-                (DEPTHS[1], DEPTHS[2], "AdaMerging (layer-wise)"),
-                lambda one, two, fixed: min(one, two) > fixed,
-                "{:.1f}, {:.1f} > {:.1f}",
-            ),
+    """Routers of no, one and two layers."""
+    expected = {
+        "Routers of one layer are within a point of two": Expected(
+            (DEPTHS[1], DEPTHS[2]), lambda one, two: abs(one - two) <= 1, "{:.1f} and {:.1f}"
         ),
-    )
+        "Both are better than AdaMerging": Expected(
+            (DEPTHS[1], DEPTHS[2], ADAMERGING), lambda one, two, a: min(one, two) > a, "{:.1f}, {:.1f} > {:.1f}"
+        ),
+    }
+    return show_methods(measured, expected)
 
 
 MLP_ONLY, SEPARATELY, BLOCKS = DEPTHS[1], "WEMoE (1-layer, attention and MLP)", "WEMoE (1-layer, blocks)"
 
 
 @experiment(
-    "modules",
-    "what is routed: MLPs, attention and MLPs, or entire blocks, by one-layer routers",
-    minutes=10,
-    methods=[MLP_ONLY, SEPARATELY, BLOCKS],
-    conditions=partial(one_table, rows=published.routed_modules),
-    paper=("table6",),
+    "modules", "table6", minutes=10, methods=[MLP_ONLY, SEPARATELY, BLOCKS], conditions=beside(published.routed_modules)
 )
 def show_modules(measured: Measured) -> Shown:
-    return show_methods(
-        measured,
-        (
-            (
-                "Routing attention, too, is no worse than MLPs only",
-                (SEPARATELY, MLP_ONLY),
-                lambda both, mlp: both >= mlp,
-                "{:.1f} ≥ {:.1f}",
-            ),
-            (
-                "Routing entire blocks is worse than MLPs only",
-                (BLOCKS, MLP_ONLY),
-                lambda blocks, mlp: blocks < mlp,
-                "{:.1f} < {:.1f}",
-            ),
+    """What is routed: MLPs, attention and MLPs, or entire blocks, by one-layer routers."""
+    expected = {
+        "Routing attention, too, is no worse than MLPs only": Expected(
+            (SEPARATELY, MLP_ONLY), lambda both, mlp: both >= mlp, "{:.1f} ≥ {:.1f}"
         ),
-    )
+        "Routing entire blocks is worse than MLPs only": Expected(
+            (BLOCKS, MLP_ONLY), lambda blocks, mlp: blocks < mlp, "{:.1f} < {:.1f}"
+        ),
+    }
+    return show_methods(measured, expected)
 
 
 # ---- Other test images: Tables 4, 5 and 11, and what goes wrong under noise ------------------------------------------
@@ -339,9 +309,9 @@ def show_modules(measured: Measured) -> Shown:
 CORRUPTED = {"tasks": published.ROBUSTNESS_TASKS, "splits": tuple(CORRUPTIONS)}
 
 
-def in_suite(suite: Suite, tasks: list[str]) -> list[str]:
-    """The suite's names of the paper's tasks: in the miniature, those of their counterparts."""
-    return [task if task in suite.heads else COUNTERPARTS[task] for task in tasks]
+def in_suite(known: Iterable[str], tasks: list[str]) -> list[str]:
+    """The suite's names of the paper's tasks: in the miniature, whose tasks are known, those of their counterparts."""
+    return [task if task in known else COUNTERPARTS[task] for task in tasks]
 
 
 def authors_rates(suite: Suite, rates: dict[str, float]) -> dict[str, dict]:
@@ -351,10 +321,9 @@ def authors_rates(suite: Suite, rates: dict[str, float]) -> dict[str, dict]:
 
 
 def generalization_conditions(suite: Suite, methods: list[str]) -> list[Condition]:
-    conditions = []
-    settings = authors_rates(suite, dict.fromkeys(DEPTHS.values(), 2e-3))
+    conditions, settings = [], authors_rates(suite, dict.fromkeys(DEPTHS.values(), 2e-3))
     for seen, unseen, rows in published.generalization(suite.name, suite.source):
-        seen, unseen = in_suite(suite, seen), in_suite(suite, unseen)
+        seen, unseen = in_suite(suite.heads, seen), in_suite(suite.heads, unseen)
         name, columns = f"merged without {' and '.join(unseen)}", {"Seen": seen, "Unseen": unseen}
         conditions.append(Condition(name, methods, {"experts": tuple(seen)}, columns, rows, settings))
     return conditions
@@ -362,14 +331,14 @@ def generalization_conditions(suite: Suite, methods: list[str]) -> list[Conditio
 
 @experiment(
     "generalization",
-    "six tasks merged, eight tested",
+    "table4",
     minutes=8,
     methods=["Pre-trained", *SHIFTED],
     conditions=generalization_conditions,
-    paper=("table4",),
     tasks=published.PUBLISHED_TASKS,
 )
 def show_generalization(measured: Measured) -> Shown:
+    """Six tasks merged, eight tested."""
     groups, claims = {}, []
     for condition in measured.conditions:
         for part, tasks in condition.columns.items():
@@ -378,15 +347,13 @@ def show_generalization(measured: Measured) -> Shown:
         if len(seen) > 1 and (ours := seen.pop("WEMoE", None)) is not None:
             text = f"WEMoE is the best on the tasks that were {condition.name}"
             claims.append(claim(text, ours > max(seen.values()), f"{ours:.1f} > {max(seen.values()):.1f}"))
-    figures = {"generalization": report.draw_conditions(measured.bars(groups))}
-    return Shown(figures, claims + published_claims(measured))
+    return Shown({"generalization": report.draw_conditions(measured.bars(groups))}, claims + published_claims(measured))
 
 
 def corrupted(suite: Suite, kind: str, methods: list[str], **change) -> Condition:
     """Four tasks merged and adapted on test images of this kind, "clean" or a corruption's name."""
-    tasks, change = in_suite(suite, published.ROBUSTNESS_TASKS), dict(change)
-    if kind != "clean":
-        change["split"] = kind
+    tasks = in_suite(suite.heads, published.ROBUSTNESS_TASKS)
+    change |= {} if kind == "clean" else {"split": kind}
     settings = authors_rates(suite, {DEPTHS[0]: 1e-3})
     rows = published.robustness(suite.name, suite.source, kind)
     return Condition(kind.replace("_", " "), methods, change, {"Average": tasks}, rows, settings)
@@ -406,40 +373,39 @@ def draw_corrupted(measured: Measured, name: str, groups: dict[str, tuple[str, l
 
 @experiment(
     "robustness",
-    "four tasks merged, tested under seven corruptions",
+    "table5",
+    "table11",
     minutes=20,
-    methods=[*SHIFTED, "WEMoE + diversity"],
+    methods=[*SHIFTED, DIVERSE],
     conditions=corrupted_conditions,
-    paper=("table5", "table11"),
     **CORRUPTED,
 )
 def show_robustness(measured: Measured) -> Shown:
+    """Four tasks merged, tested under seven corruptions."""
     groups = {c.name: (c.name, measured.suite.tasks) for c in measured.conditions}
     return Shown(draw_corrupted(measured, "robustness", groups), published_claims(measured))
 
 
 @experiment(
     "collapse",
-    "where minimising the entropy goes wrong, and its cure, over five seeds",
     minutes=20,
-    methods=["Task Arithmetic", "WEMoE", "WEMoE + diversity"],
+    methods=["Task Arithmetic", "WEMoE", DIVERSE],
     conditions=partial(corrupted_conditions, kinds=("impulse_noise",)),
     tasks=published.ROBUSTNESS_TASKS,
     splits=("impulse_noise",),
     seeds=5,
 )
 def show_collapse(measured: Measured) -> Shown:
-    """Means over seeds: the worst task under noise, and what the cure gives there and costs on clean images."""
+    """Where minimising the entropy goes wrong (the worst task under noise), and its cure, over five seeds."""
     tasks = measured.suite.tasks
     groups = {f"{c.name}:\n{task}": (c.name, [task]) for c in measured.conditions for task in tasks}
-    figures, methods = draw_corrupted(measured, "collapse", groups), ("Task Arithmetic", "WEMoE", "WEMoE + diversity")
+    figures, methods = draw_corrupted(measured, "collapse", groups), ("Task Arithmetic", "WEMoE", DIVERSE)
     if not measured.has(*methods):
         return Shown(figures)
-    clean, noise = (c.name for c in measured.conditions)
-    of = measured.average
+    (clean, noise), of = (c.name for c in measured.conditions), measured.average
     worst = min(tasks, key=lambda task: of(noise, "WEMoE", [task]) - of(noise, "Task Arithmetic", [task]))
     arithmetic, plain, cured = (of(noise, method, [worst]) for method in methods)
-    gain, cost = (of(c, "WEMoE + diversity") - of(c, "WEMoE") for c in (noise, clean))
+    gain, cost = (of(c, DIVERSE) - of(c, "WEMoE") for c in (noise, clean))
     text = f"Under {noise}, WEMoE makes the worst-hit task ({worst}) worse than task arithmetic leaves it"
     better = f"{worst} {cured:.1f} > {arithmetic:.1f}, average {gain:+.1f} against WEMoE without"
     cure = "With diverse predictions it does not, and the average is better"
@@ -452,7 +418,6 @@ def show_collapse(measured: Measured) -> Shown:
 
 
 # ---- Settings, one at a time (Figure 4), and λ (Figures 5 and 10) ----------------------------------------------------
-
 
 ABLATION = {
     "lr": lambda s: [s.lr * factor for factor in (0.25, 0.5, 1, 2)],
@@ -472,36 +437,26 @@ def ablation_conditions(suite: Suite, methods: list[str]) -> list[Condition]:
     return conditions
 
 
-@experiment(
-    "ablation",
-    "settings of WEMoE, one at a time, and accuracy during adaptation by learning rate",
-    minutes=15,
-    methods=[*DEPTHS.values(), *RANKS.values()],
-    conditions=ablation_conditions,
-    paper=("fig4",),
-)
+@experiment("ablation", "fig4", minutes=15, methods=[*DEPTHS.values(), *RANKS.values()], conditions=ablation_conditions)
 def show_ablation(measured: Measured) -> Shown:
-    """Accuracy against each setting; and during adaptation, by learning rate, beside the authors' (Figure 4)."""
+    """Settings of WEMoE, one at a time, and accuracy during adaptation by learning rate, beside the authors'."""
     suite, of, rates = measured.suite, partial(measured.average, "as it is"), {}
     panels = {"router layers": {depth: of(name) for depth, name in DEPTHS.items()}}
     panels["rank"] = {rank: of(name) for rank, name in RANKS.items()}
-    panels |= {setting: {getattr(suite.adaptation, setting): of("WEMoE")} for setting in ABLATION}
-    for condition in measured.conditions[1:]:
-        ((setting, value),) = condition.change.items()
-        panels[setting][value] = measured.average(condition.name, "WEMoE")
     for condition in measured.conditions:
-        if "WEMoE" in condition.methods and condition.change.keys() <= {"lr"}:
-            curve = measured.entries[condition.name]["WEMoE"][0]["adaptation"]
-            lr = condition.change.get("lr", suite.adaptation.lr)
-            rates[f"lr = {lr:g}"] = dict(zip(curve["steps"], curve["accuracy"]))
+        if entries := measured.entries[condition.name].get("WEMoE"):
+            settings = condition.change or {setting: getattr(suite.adaptation, setting) for setting in ABLATION}
+            for setting, value in settings.items():
+                panels.setdefault(setting, {})[value] = measured.average(condition.name, "WEMoE")
+            if "lr" in settings:
+                curve = entries[0]["adaptation"]
+                rates[f"lr = {settings['lr']:g}"] = dict(zip(curve["steps"], curve["accuracy"]))
     known = {name: {x: y for x, y in sorted(points.items()) if y is not None} for name, points in panels.items()}
     lines = {name: {"WEMoE": {f"{x:g}": y for x, y in points.items()}} for name, points in known.items() if points}
     curves = published.adaptation_curves(suite.name) if suite.source else []
     theirs = {f"lr = {c['learning_rate']:g}": dict(zip(c["steps"], c["average"])) for c in curves}
-    figures = {
-        "ablation": report.draw_lines(lines, columns=3),
-        "rates": report.draw_lines({"adaptation step": rates}, {"adaptation step": theirs}),
-    }
+    figures = {"ablation": report.draw_lines(lines, columns=3)}
+    figures["rates"] = report.draw_lines({"adaptation step": rates}, {"adaptation step": theirs})
     return Shown(figures)
 
 
@@ -525,17 +480,17 @@ def sweep_conditions(suite: Suite, methods: list[str]) -> list[Condition]:
 
 @experiment(
     "sweep",
-    "accuracy against λ, under corruptions",
+    "fig5",
+    "fig10",
     minutes=5,
     methods=["Task Arithmetic", "TIES-Merging", DEPTHS[0], DEPTHS[2]],
     conditions=sweep_conditions,
-    paper=("fig5", "fig10"),
-    **CORRUPTED,
     steps=40,
     scalings=LAMBDAS,
+    **CORRUPTED,
 )
 def show_sweep(measured: Measured) -> Shown:
-    """Accuracy against λ, a panel for each kind of images, and a table for each, with the published points."""
+    """Accuracy against λ, under corruptions: a panel and a table for each, with the published points."""
     suite, tasks = measured.suite, measured.conditions[0].columns["Average"]
     ours, theirs, texts = {}, {}, []
     for condition in measured.conditions:
@@ -553,15 +508,10 @@ def show_sweep(measured: Measured) -> Shown:
         }
         rows = []
         for name, points in lines.items():
-            rows.append([name, *(number(points.get(lam)) for lam in LAMBDAS)])
-            if name in theirs[kind]:
-                rows.append(["  published (paper)", *(number(theirs[kind][name].get(lam)) for lam in LAMBDAS)])
+            for label, known in ((name, points), ("  published (paper)", theirs[kind].get(name))):
+                rows += [[label, *(report.number(known.get(lam)) for lam in LAMBDAS)]] if known else []
         texts.append(f"## {kind}\n\n" + report.markdown(["Method, λ =", *map(str, LAMBDAS)], rows))
     return Shown({"sweep": report.draw_lines(ours, theirs, columns=4)}, [], "\n".join(texts))
-
-
-def number(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
 
 
 # ---- What is routed, how many layers, and routers that are unloaded --------------------------------------------------
@@ -575,23 +525,16 @@ def deepest_mlps(model: nn.Module, share: float) -> str:
     return f"^({'|'.join(map(re.escape, names[-max(1, round(share * len(names))) :]))})$"
 
 
-@experiment(
-    "layers",
-    "only the deeper MLPs routed: accuracy, parameters and time",
-    minutes=5,
-    methods=["Task Arithmetic", *SHARES.values(), "WEMoE"],
-    paper=("appendixd",),
-)
+@experiment("layers", "appendixd", minutes=5, methods=["Task Arithmetic", *SHARES.values(), "WEMoE"])
 def show_layers(measured: Measured) -> Shown:
-    """Accuracy, parameters and time of evaluation against how many layers are routed (Appendix D)."""
+    """Only the deeper MLPs routed: accuracy, parameters and time of evaluation."""
     found = [
         (e["name"], len(e.get("routing", ())), e["average"], e["total_parameters"] / 1e6, e["evaluation_seconds"])
-        for e in measured.first().values()
+        for e in sorted(measured.first().values(), key=lambda entry: len(entry.get("routing", ())))
     ]
-    found.sort(key=lambda values: values[1])
     names = ["accuracy (%)", "parameters (millions)", "seconds of evaluation"]
     panels = {name: {"routed layers": {values[1]: values[i] for values in found}} for i, name in enumerate(names, 2)}
-    rows = [[name, str(layers), *map(number, values)] for name, layers, *values in found]
+    rows = [[name, str(layers), *map(report.number, values)] for name, layers, *values in found]
     figure = report.draw_lines(panels, ylabel="")
     return Shown({"layers": figure}, [], report.markdown(["Method", "Routed layers", *panels], rows))
 
@@ -599,91 +542,52 @@ def show_layers(measured: Measured) -> Shown:
 UNLOADED = "WEMoE (0-layer, unloaded)"
 
 
-@experiment(
-    "unload",
-    "constant routers merged once and for all: the same accuracies from a dense model",
-    minutes=2,
-    methods=["Task Arithmetic", DEPTHS[0], UNLOADED],
-    paper=("appendixb3",),
-    details=True,
-)
+@experiment("unload", "appendixb3", minutes=2, methods=["Task Arithmetic", DEPTHS[0], UNLOADED], details=True)
 def show_unload(measured: Measured) -> Shown:
-    """Appendix B.3: what constant routers have learned, merged for good: the same accuracies from a dense model."""
+    """Constant routers merged once and for all: the same accuracies from a dense model."""
     names = DEPTHS[0], UNLOADED, "Task Arithmetic"
     if not measured.has(*names):
         return Shown()
     routed, unloaded, dense = (measured.first()[name] for name in names)
     most = max(abs(routed["accuracy"][task] - unloaded["accuracy"][task]) for task in measured.suite.tasks)
     sizes = [entry["total_parameters"] for entry in (unloaded, dense)]
-    return Shown(
-        {},
-        [
-            claim(
-                "Unloaded, each task's accuracy is the same to half a point", most <= 0.5, f"at most {most:.2f} apart"
-            ),
-            claim("It has the dense model's parameters", sizes[0] == sizes[1], "{:,} and {:,}".format(*sizes)),
-        ],
-    )
+    same = claim("Unloaded, each task's accuracy is the same to half a point", most <= 0.5, f"at most {most:.2f} apart")
+    small = claim("It has the dense model's parameters", sizes[0] == sizes[1], "{:,} and {:,}".format(*sizes))
+    return Shown({}, [same, small])
 
 
 # ---- What routers do (Figures 11 and 12) -----------------------------------------------------------------------------
 
 
-@experiment(
-    "routing",
-    "mean routing weights and first choices, by layer and task",
-    minutes=3,
-    methods=["WEMoE"],
-    paper=("fig11", "fig12"),
-)
+@experiment("routing", "fig11", "fig12", minutes=3, methods=["WEMoE"])
 def show_routing(measured: Measured) -> Shown:
-    tasks, figures = measured.suite.tasks, {}
-    entry = measured.first()["WEMoE"]
-    figures["routing"] = report.draw_routing(tasks, entry["routing"])
+    """Mean routing weights and first choices, by layer and task."""
+    tasks, entry = measured.suite.tasks, measured.first()["WEMoE"]
+    figures = {"routing": report.draw_routing(tasks, entry["routing"])}
     figures["first_choice"] = report.draw_routing(tasks, entry["first_choice"], first=True)
-    rows = [
-        [name, number(100 * statistics.mean(shares[i] for i, shares in enumerate(matrix)))]
-        for name, matrix in entry["first_choice"].items()
-    ]
+    own = {name: statistics.mean(row[i] for i, row in enumerate(m)) for name, m in entry["first_choice"].items()}
+    rows = [[name, report.number(100 * share)] for name, share in own.items()]
     return Shown(figures, [], report.markdown(["Layer", "own expert first (% of images)"], rows))
 
 
 # ---- Task vectors by layer (Figure 3), and the loss between them (Figure 7) ------------------------------------------
 
 
-@experiment(
-    "vectors",
-    "lengths and angles of task vectors by layer, attention against MLP",
-    minutes=1,
-    methods=[],
-    conditions=lambda *_: [],
-    paper=("fig3",),
-)
+@experiment("vectors", "fig3", minutes=1, methods=[], conditions=lambda *_: [])
 def show_vectors(measured: Measured) -> Shown:
-    """Of each layer's attention and MLP, means over tasks: |τ_t|, and the cosine of the angle between θ_t and θ_0."""
+    """Lengths |τ_t| and angles between θ_t and θ_0 by layer, attention against MLP: means over tasks."""
     suite, lengths, cosines = measured.suite, {}, {}
-    theta_0 = suite.pretrained.state_dict()
-    for part in ("attn", "mlp"):
-        names: dict[int, list[str]] = {}
-        for name in theta_0:
-            if found := re.search(rf"\.(\d+)\.{part}\.", name):
-                names.setdefault(int(found[1]), []).append(name)
-        for layer, entries in names.items():
-            start = torch.cat([theta_0[name].flatten() for name in entries]).double()
-            taus, angles = [], []
-            for expert in suite.experts.values():
-                state = expert.state_dict()
-                theta = torch.cat([state[name].flatten() for name in entries]).double()
-                taus.append((theta - start).norm().item())
-                angles.append(F.cosine_similarity(theta, start, dim=0).item())
-            lengths.setdefault(part, {})[layer] = statistics.mean(taus)
-            cosines.setdefault(part, {})[layer] = statistics.mean(angles)
+    states = [model.state_dict() for model in (suite.pretrained, *suite.experts.values())]
+    groups: dict[tuple[str, int], list[str]] = {}
+    for name in states[0]:
+        if found := re.search(r"\.(\d+)\.(attn|mlp)\.", name):
+            groups.setdefault((found[2], int(found[1])), []).append(name)
+    for (part, layer), names in sorted(groups.items()):
+        start, *ends = (torch.cat([state[name].flatten() for name in names]).double() for state in states)
+        lengths.setdefault(part, {})[layer] = statistics.mean((e - start).norm().item() for e in ends)
+        cosines.setdefault(part, {})[layer] = statistics.mean(F.cosine_similarity(e, start, dim=0).item() for e in ends)
     panels = {"layer: length of τ": lengths, "layer: cosine of θ_t and θ_0": cosines}
-    rows = [
-        [f"{part}, {layer}", f"{length:.4f}", f"{cosines[part][layer]:.6f}"]
-        for part, by_layer in lengths.items()
-        for layer, length in by_layer.items()
-    ]
+    rows = [[f"{p}, {layer}", f"{lengths[p][layer]:.4f}", f"{cosines[p][layer]:.6f}"] for p, layer in sorted(groups)]
     return Shown({"vectors": report.draw_lines(panels, ylabel="")}, [], report.markdown(["Part", *panels], rows))
 
 
@@ -693,22 +597,22 @@ LANDSCAPE = "Task Arithmetic of two tasks"
 @torch.no_grad()
 def landscape(suite: Suite, points: int = 11, count: int = 128) -> tuple[nn.Module, dict]:
     """The mean loss of two tasks' test images over (λ_1, λ_2) in [-1, 1]², on a grid of so many points a side."""
-    (one, two), model = suite.experts.items(), copy.deepcopy(suite.pretrained).to(suite.device)
-    vectors = [wemoe.task_vector(suite.pretrained, expert) for _, expert in (one, two)]
+    model = copy.deepcopy(suite.pretrained).to(suite.device)
+    vectors = [wemoe.task_vector(suite.pretrained, expert) for expert in suite.experts.values()]
     grid = [2 * i / (points - 1) - 1 for i in range(points)]
-    test = {task: [part[:count] for part in suite.test[task]] for task, _ in (one, two)}
-    rows = []
-    for first in grid:
-        rows.append([])
-        for second in grid:
-            model.load_state_dict(wemoe.task_arithmetic(suite.pretrained, vectors, [first, second]))
-            losses = [
-                F.cross_entropy(suite.logits(task)(model(suite.inputs(images))), labels.to(suite.device)).item()
-                for task, (images, labels) in test.items()
-            ]
-            rows[-1].append(round(statistics.mean(losses), 6))
+    test = {task: [part[:count] for part in suite.test[task]] for task in suite.experts}
+
+    def loss(*scaling: float) -> float:
+        model.load_state_dict(wemoe.task_arithmetic(suite.pretrained, vectors, scaling))
+        losses = [
+            F.cross_entropy(suite.logits(task)(model(suite.inputs(images))), labels.to(suite.device)).item()
+            for task, (images, labels) in test.items()
+        ]
+        return round(statistics.mean(losses), 6)
+
+    losses = [[loss(first, second) for second in grid] for first in grid]
     model.load_state_dict(wemoe.task_arithmetic(suite.pretrained, vectors, 0.3))
-    return model, {"grid": grid, "loss": rows}  # loss[i][j] is at (grid[i], grid[j])
+    return model, {"grid": grid, "loss": losses}  # losses[i][j] is at (grid[i], grid[j])
 
 
 def pairs_of_tasks(suite: Suite, methods: list[str]) -> list[Condition]:
@@ -716,15 +620,9 @@ def pairs_of_tasks(suite: Suite, methods: list[str]) -> list[Condition]:
     return [Condition(" and ".join(pair), methods, {"experts": pair}, {"Average": list(pair)}) for pair in pairs]
 
 
-@experiment(
-    "landscape",
-    "the loss over (λ1, λ2) for pairs of tasks",
-    minutes=3,
-    methods=[LANDSCAPE],
-    conditions=pairs_of_tasks,
-    paper=("fig7",),
-)
+@experiment("landscape", "fig7", minutes=3, methods=[LANDSCAPE], conditions=pairs_of_tasks)
 def show_landscapes(measured: Measured) -> Shown:
+    """The loss over (λ1, λ2) for pairs of tasks."""
     surfaces, rows = {}, []
     for condition in measured.conditions:
         ((entry, *_),) = measured.entries[condition.name].values()
@@ -739,65 +637,14 @@ def show_landscapes(measured: Measured) -> Shown:
 # ---- Parameters, of the architecture alone (Tables 1, 8 and 9) -------------------------------------------------------
 
 
-def parameters(arch: str, depth: int | None, num_tasks: int) -> dict[str, int]:
-    """Numbers of the architecture alone, without weights, on torch's meta device; depth None: nothing is upscaled.
-
-    As in the paper, what the authors' image encoder has of CLIP counts: all but the Transformer of the text tower.
-    """
-    config = open_clip.get_model_config(ARCHITECTURES[arch].model)
-    with torch.device("meta"):
-        clip = open_clip.CLIP(**{key: value for key, value in config.items() if key != "custom_text"})
-        clip.transformer = nn.Identity()
-        mlps = [module for name, module in clip.visual.named_modules() if name.endswith(".mlp") and depth is not None]
-        routers = [wemoe.Router(mlp[0].in_features, num_tasks, depth) for mlp in mlps]
-    trainable, routed, single = (count(group) for group in (routers, mlps, [clip]))
-    total, tensors = single + num_tasks * routed + trainable, len(list(clip.parameters()))
-    return {"trainable": trainable, "all": total, "tensors": tensors}
-
-
-def count(modules: list[nn.Module]) -> int:
-    return sum(p.numel() for module in modules for p in module.parameters())
-
-
-@experiment(
-    "parameters",
-    "numbers of parameters, computed from the architectures: no weights, no download",
-    minutes=1,
-    methods=[],
-    conditions=None,
-    paper=("table8", "table1", "table9"),
-)
-def show_parameters(_: object = None) -> Shown:
-    """Tables 1, 8 and 9 row by row: ours, computed, beside the paper's, to as many digits as it prints."""
-    tables, compared = published.paper_tables(), []
-    for row in tables["1"]["rows"]:
-        ours, millions = parameters(row["model"], row["depth"], 8), row["total_millions"]
-        theirs = str(row["trainable"]) if "trainable" in row else f"{row['trainable_millions']}M"
-        name = f"Table 1: {row['model']}, {row['depth']}-layer routers"
-        compared.append((f"{name}, trainable", ours["trainable"], theirs))
-        compared.append((f"{name}, all", ours["all"], f"{millions}M" if millions < 1000 else f"{millions / 1000:.2f}B"))
-    for row in tables["8"]["rows"]:
-        ours = parameters("ViT-B-32", 2, row["tasks"])
-        compared.append((f"Table 8: {row['tasks']} tasks, trainable", ours["trainable"], f"{row['trainable']}M"))
-        compared.append((f"Table 8: {row['tasks']} tasks, all", ours["all"], f"{row['total']}M"))
-    single = parameters("ViT-B-32", None, 8)
-    compared.append(("Table 8: the pre-trained model", single["all"], f"{tables['8']['single_pretrained']}M"))
-    learned = {DEPTHS[depth]: parameters("ViT-B-32", depth, 8)["trainable"] for depth in (1, 2)}
-    learned["AdaMerging (layer-wise)"] = 8 * single["tensors"]
-    for name, row in ((published.our_name(row), row) for row in tables["9"]["rows"]):
-        compared.append((f"Table 9: {name}, trainable", learned[name], row["trainable"]))
-    rows = [[name, f"{ours:,}", theirs, "yes" if rounds_to(ours, theirs) else "no"] for name, ours, theirs in compared]
+@experiment("parameters", "table8", "table1", "table9", minutes=1, methods=[], conditions=None)
+def show_parameters(_: None) -> Shown:
+    """Numbers of parameters, computed from the architectures: no weights, no download."""
+    rows = [[what, f"{ours:,}", paper, "yes" if rounds_to(ours, paper) else "no"] for what, ours, paper in compared()]
     equal = [row[-1] == "yes" for row in rows]
     text = "Numbers of parameters are those of Tables 1, 8 and 9, to the digits printed"
     claims = [claim(text, all(equal), f"{sum(equal)} of {len(equal)}")]
     return Shown({}, claims, report.markdown(["Parameters", "ours", "the paper's", "equal"], rows))
-
-
-def rounds_to(value: int, printed: str) -> bool:
-    """Whether 7,159,392 is what "7.16M" stands for."""
-    digits = printed.rstrip("KMB")
-    unit = {"K": 1e3, "M": 1e6, "B": 1e9}.get(printed[-1], 1)
-    return f"{value / unit:.{len(digits.partition('.')[2])}f}" == digits
 
 
 # ---- Harder questions: nobody tells the task; more tasks -------------------------------------------------------------
@@ -810,23 +657,20 @@ def task_free(suite: Suite, methods: list[str]) -> list[Condition]:
 
 @experiment(
     "taskfree",
-    "accuracy where nobody tells the task of an image: the head is chosen, too",
     minutes=6,
     conditions=task_free,
-    usual=["Task Arithmetic", "TSV-M", "AdaMerging (layer-wise)", "WEMoE", "SMILE", "MASS", "Individual"],
+    usual=["Task Arithmetic", "TSV-M", ADAMERGING, "WEMoE", "SMILE", "MASS", "Individual"],
 )
 def show_task_free(measured: Measured) -> Shown:
-    """Accuracy with the head given, and with a head that is chosen by each of the rules of suite.evaluate_task_free."""
-    tasks, rules = measured.suite.tasks, {"entropy": "lowest entropy", "routing": "routing weights", "logit": "logit"}
-    groups: dict[str, dict[str, list[float]]] = {"head given": {}} | {text: {} for text in rules.values()}
+    """Accuracy where nobody tells the task of an image: its head is chosen, too (suite.evaluate_task_free)."""
+    rules = {"": "head given", "entropy": "lowest entropy", "routing": "routing weights", "logit": "logit"}
+    groups: dict[str, dict[str, list[float]]] = {text: {} for text in rules.values()}
     for name, entries in measured.entries["main"].items():
-        groups["head given"][name] = report.averages(entries, tasks)
-        for rule, text in rules.items():
-            if rule in entries[0]["task_free"]:
-                chosen = [{"accuracy": entry["task_free"][rule]} for entry in entries]
-                groups[text][name] = report.averages(chosen, tasks)
-    rows = [[name, *(report.spread(group.get(name)) for group in groups.values())] for name in groups["head given"]]
-    return Shown({"task_free": report.draw_conditions(groups)}, [], report.markdown(["Method", *groups], rows))
+        found = [{"": entry["accuracy"], **entry["task_free"]} for entry in entries]
+        for rule in found[0]:
+            chosen = [{"accuracy": accuracy[rule]} for accuracy in found]
+            groups[rules[rule]][name] = report.averages(chosen, measured.suite.tasks)
+    return Shown({"task_free": report.draw_conditions(groups)}, [], report.by_group(groups))
 
 
 def numbers_of_tasks(suite: Suite, methods: list[str]) -> list[Condition]:
@@ -837,10 +681,9 @@ def numbers_of_tasks(suite: Suite, methods: list[str]) -> list[Condition]:
 
 @experiment(
     "tasks",
-    "accuracy against the number of tasks, and what limits it",
     minutes=12,
     methods=[
-        *("Task Arithmetic", "TSV-M", "AdaMerging (layer-wise)", "WEMoE (rank 16)", "WEMoE"),
+        *("Task Arithmetic", "TSV-M", ADAMERGING, "WEMoE (rank 16)", "WEMoE"),
         *("WEMoE (TSV-M elsewhere)", "Oracle routing", "Oracle routing (TSV-M elsewhere)", "Individual"),
     ],
     conditions=numbers_of_tasks,
@@ -848,14 +691,10 @@ def numbers_of_tasks(suite: Suite, methods: list[str]) -> list[Condition]:
     steps=80,
 )
 def show_numbers_of_tasks(measured: Measured) -> Shown:
-    """Accuracy against the number of tasks that are merged."""
+    """Accuracy against the number of tasks that are merged, and what limits it."""
+    groups = measured.bars({c.name: (c.name, c.columns["Average"]) for c in measured.conditions})
     lines: dict[str, dict[float, float]] = {}
-    cells: dict[str, list[str]] = {}
-    for condition in measured.conditions:
-        tasks = condition.columns["Average"]
-        for name, entries in measured.entries[condition.name].items():
-            values = report.averages(entries, tasks)
-            lines.setdefault(name, {})[len(tasks)] = statistics.mean(values)
-            cells.setdefault(name, []).append(report.spread(values))
-    text = report.markdown(["Method", *(c.name for c in measured.conditions)], [[n, *row] for n, row in cells.items()])
-    return Shown({"tasks": report.draw_lines({"number of tasks": lines})}, [], text)
+    for condition, group in zip(measured.conditions, groups.values()):
+        for name, values in group.items():
+            lines.setdefault(name, {})[len(condition.columns["Average"])] = statistics.mean(values)
+    return Shown({"tasks": report.draw_lines({"number of tasks": lines})}, [], report.by_group(groups))

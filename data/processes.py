@@ -1,12 +1,15 @@
 """Processes: workers on one machine's cores, ranks of torchrun on several GPUs, what they say, and how they end."""
 
+import io
 import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import wraps
 from itertools import repeat
 from threading import Thread, current_thread, main_thread
 
@@ -15,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from data.files import InputError
+from data.files import InputError, one_line
 
 
 @contextmanager
@@ -38,6 +41,54 @@ def taking_part() -> Iterator[None]:
             signal.signal(each_signal, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def command(main: Callable[[list[str]], bool]) -> Callable[..., int]:
+    """Of a function that says whether all is well, a command: its status is 0 if so, 1 if not, 2 for an error.
+
+    Errors that may happen to anybody are said in one line, others are raised. Interrupted, its status is 130.
+    """
+
+    @wraps(main)
+    def status(arguments: list[str] | None = None) -> int:
+        arguments = sys.argv[1:] if arguments is None else arguments
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # on a terminal that has no ✓
+        with taking_part():
+            try:
+                return 0 if main(arguments) else 1
+            except KeyboardInterrupt:
+                hint = "" if arguments[:1] == ["bench"] else "; the same command goes on from what is finished"
+                print(f"\nreproduce.py: interrupted{hint}", file=sys.stderr)
+                return 130
+            except Exception as error:
+                if (sentence := explained(error)) is None:
+                    raise
+                print("reproduce.py: error: " + " ".join(sentence.split()), file=sys.stderr)
+                if world() > 1:
+                    os._exit(2)  # the other processes wait for this one: torchrun ends them
+                return 2
+
+    return status
+
+
+OUT_OF_MEMORY = """out of memory; what is finished is kept. Adaptation takes most: --adapt-precision bfloat16
+halves its activations, --methods leaves methods out, --device cpu has more room"""
+
+
+def explained(error: Exception) -> str | None:
+    """One sentence about an error that lies in the input or the machine; None for any other."""
+    if isinstance(error, (InputError, OSError, FloatingPointError)):
+        return str(error)
+    if isinstance(error, torch.linalg.LinAlgError):
+        return f"a decomposition failed ({one_line(error)}); --methods leaves out what is of low rank"
+    if isinstance(error, BrokenProcessPool):
+        return "a worker was killed, perhaps for want of memory; the same command goes on, --workers 1 takes less"
+    on_cpu = isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    if on_cpu or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return f"{OUT_OF_MEMORY} ({one_line(error)})"
+    return None
 
 
 def rank() -> int:

@@ -1,14 +1,38 @@
-"""The report of an experiment: numbers in, tables as Markdown and pictures as matplotlib figures out."""
+"""The report of an experiment: numbers in; results.json, tables as Markdown and pictures as matplotlib figures out."""
 
+import argparse
 import itertools
 import math
+import platform
 import statistics
+from dataclasses import asdict
 from pathlib import Path
 
+import open_clip
+import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from torch import Tensor
+
+
+def results_of(arguments: argparse.Namespace, measured, claims: list[dict]) -> dict:
+    """What results.json holds; `measured` is an experiments.Measured, or None where there is no suite."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "open_clip": open_clip.__version__}
+    results = {name: getattr(arguments, name) for name in ("experiment", "seed", "seeds", "device")}
+    results = {"suite": arguments.name, **results, "versions": versions, "claims": claims}
+    if measured is None:
+        return results
+    suite, conditions, entries = measured.suite, measured.conditions, measured.entries
+    adaptation = asdict(suite.adaptation)
+    results["settings"] = {"precision": suite.precision, "adaptation": adaptation, "limit": arguments.limit}
+    results["tasks"] = suite.tasks
+    if arguments.experiment == "main":
+        results["methods"] = [seeds[0] for seeds in entries["main"].values()]
+        results["published"] = conditions[0].published
+    if arguments.experiment != "main" or arguments.seeds > 1:
+        results["conditions"] = [dict(asdict(c), methods=entries[c.name]) for c in conditions]
+    return results
 
 
 def averages(entries: list[dict], tasks: list[str]) -> list[float]:
@@ -59,6 +83,13 @@ def markdown(headings: list[str], rows: list[list[str]]) -> str:
     return "".join(line + " |\n" for line in [lines[0], rule, *lines[1:]])
 
 
+def by_group(groups: dict[str, dict[str, list[float]]]) -> str:
+    """A table of means over seeds: methods by groups."""
+    methods = next(iter(groups.values()))
+    rows = [[name, *(spread(group.get(name)) for group in groups.values())] for name in methods]
+    return markdown(["Method", *groups], rows)
+
+
 def tables(conditions: list, entries: dict[str, dict[str, list[dict]]], details: bool) -> str:
     """A table for every condition; conditions that have one method only share a table with what comes before them."""
     shown: list[tuple[object, dict[str, list[dict]]]] = []
@@ -77,6 +108,10 @@ def spread(values: list[float] | None) -> str:
     if not values:
         return ""
     return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
 
 
 def save(figure: Figure, path: Path) -> None:
