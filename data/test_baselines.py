@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import test_wemoe
@@ -74,6 +73,7 @@ from test_wemoe import (
     seeds,
     task_numbers,
     trained,
+    varied,
 )
 from wemoe import Router, WEMoE, adapt, routing_weights, task_arithmetic, task_vector, upscale
 
@@ -102,9 +102,9 @@ def output_and_gradients(module: nn.Module, x: Tensor) -> list[Tensor]:
     return [y, *gradients(y, x, module)]
 
 
-# ---- TIES, EMR, Fisher merging, RegMean ------------------------------------------------------------------------------
+# ---- One vector for all tasks: what is true of every rule, and what each rule is ------------------------------------
 
-SHAPES = {"block.weight": (3, 4), "block.bias": (3,), "scale": ()}
+SHAPES = {"wide": (3, 4), "tall": (4, 3), "bias": (3,), "kernel": (2, 3, 2, 2), "scale": ()}
 shares = st.sampled_from([0.03, 0.1, 0.5, 1.0])
 dtypes = st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64])
 
@@ -123,19 +123,80 @@ def flat(tau: dict[str, Tensor]) -> list[float]:
     return torch.cat([entry.flatten() for entry in tau.values()]).tolist()
 
 
-def merges(taus: list[dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """What every method makes of these, with some statistics of each of them."""
-    fishers = [{"scale": tau["scale"].abs() + 1, "block.bias": tau["block.bias"] ** 2} for tau in taus]
-    grams = [{"block.weight": tau["block.weight"].double().T @ tau["block.weight"].double()} for tau in taus]
-    return {
-        "sum": ties(taus, 0.5, "sum"),
-        "mean": ties(taus, 0.5, "mean"),
-        "emr": emr(taus)[0],
-        "tall": tall_masks(taus)[0],
-        "consensus": consensus(taus),
-        "fisher": average_by(fishers, taus, weigh_entries),
-        "regmean": average_by(grams, taus, least_squares),
+def by_fisher(taus: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Fisher merging of all but matrices, whose information is the square of what is merged, and more of numbers."""
+    fishers = [{name: p**2 + (p.dim() == 0) for name, p in tau.items() if p.dim() != 2} for tau in taus]
+    return average_by(fishers, taus, weigh_entries)
+
+
+def by_gram(taus: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """RegMean, what is merged being its own input."""
+    grams = [{name: p.double().T @ p.double() for name, p in tau.items() if p.dim() == 2} for tau in taus]
+    return average_by(grams, taus, least_squares)
+
+
+BY_MATRIX = {"TSV-M": tsv_merge, "Iso-C": iso_c, "Iso-CTS": iso_cts, "WUDI": partial(wudi, steps=20, lr=0.01)}
+RULES = {
+    "TIES": partial(ties, keep=0.5),
+    "TIES (mean)": partial(ties, keep=0.5, merge="mean"),
+    "EMR": lambda taus: emr(taus)[0],
+    "TALL": lambda taus: tall_masks(taus)[0],
+    "consensus": consensus,
+    "Fisher": by_fisher,
+    "RegMean": by_gram,
+    **BY_MATRIX,
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@properties
+@given(st.integers(1, 5), st.randoms(), dtypes, seeds)
+def test_merging_leaves_its_inputs_alone_and_asks_for_no_order(rule, tasks, random, dtype, seed):
+    taus = quarters(tasks, seed, dtype)
+    if rule in BY_MATRIX:  # singular vectors that are well defined
+        taus = [{name: torch.randn_like(p) for name, p in tau.items()} for tau in taus]
+    before, merged = copy.deepcopy(taus), RULES[rule](taus)
+    rounding = dict(atol=1e-3, rtol=1e-3) if rule in BY_MATRIX else {}
+    torch.testing.assert_close(RULES[rule](random.sample(taus, tasks)), merged, **rounding)
+    assert {name: (p.shape, p.dtype) for name, p in merged.items()} == {n: (s, dtype) for n, s in SHAPES.items()}
+    if rule in BY_MATRIX:
+        for name in ("bias", "kernel", "scale"):
+            same(merged[name], torch.stack([tau[name] for tau in taus]).double().mean(0).to(dtype))
+    [entry.fill_(7) for entry in merged.values()]  # nor does a result share memory with them
+    same(taus, before)
+
+
+@properties
+@given(task_numbers, dtypes, seeds)
+def test_a_vector_that_is_alone_or_that_all_tasks_share_is_recovered(tasks, dtype, seed):
+    (tau,) = quarters(1, seed, dtype)
+    trimmed = trim(tau, 0.5)
+    expected = {
+        "TIES": {name: tasks * entry for name, entry in trimmed.items()},
+        "TIES (mean)": trimmed,
+        "TALL": {name: tasks * entry for name, entry in tau.items()},
+        "consensus": {name: tasks * entry * (tasks in (2, 3)) for name, entry in tau.items()},
     }
+    for name in RULES.keys() - BY_MATRIX.keys():
+        same(RULES[name]([tau] * tasks), expected.get(name, tau))
+    for name in ("TSV-M", "WUDI"):
+        torch.testing.assert_close(RULES[name]([tau]), tau)
+    unified, masks, rescalers = emr([tau] * tasks)
+    assert rescalers == [float(any(flat(tau)))] * tasks
+    same([{name: mask[name] * unified[name] for name in tau} for mask in masks], [tau] * tasks)
+
+
+@pytest.mark.parametrize("name", DEGENERATE)
+def test_degenerate_task_vectors_give_finite_merges(name):
+    pretrained, states = degenerate(name)
+    vectors = [task_vector(pretrained, state) for state in states]
+    assert all(math.isfinite(value) for value in emr(vectors)[2])
+    merged = [rule(vectors) for rule in RULES.values()] + trim_and_elect(vectors)
+    merged += [merging(pretrained, vectors).merged() for merging in (AdaMerging, ConcreteMask, AdaRank)]
+    for tau in merged:
+        assert all(p.isfinite().all() for p in tau.values())
+    if name in ("zero", "identical"):
+        close(ties(vectors, keep=1.0, merge="mean"), vectors[0])
 
 
 @properties
@@ -176,34 +237,6 @@ def test_emr_is_its_definition_and_keeps_each_tasks_sum_of_magnitudes(tasks, see
         assert flat(mask) == [e * u > 0 for e, u in zip(flat(tau), expected)]
         magnitudes = sum(map(abs, flat(tau))) if any(flat(mask)) else 0  # nothing may be left of a task
         assert sum(rescaler * abs(u) * m for u, m in zip(expected, flat(mask))) == pytest.approx(magnitudes)
-
-
-@properties
-@given(st.integers(2, 4), st.randoms(), dtypes, seeds)
-def test_merging_leaves_its_inputs_alone_and_asks_for_no_order(tasks, random, dtype, seed):
-    taus = quarters(tasks, seed, dtype)
-    before, merged = copy.deepcopy(taus), merges(taus)
-    torch.testing.assert_close(merges(random.sample(taus, tasks)), merged)
-    for tau in merged.values():
-        assert {name: (p.shape, p.dtype) for name, p in tau.items()} == {n: (s, dtype) for n, s in SHAPES.items()}
-        [entry.fill_(7) for entry in tau.values()]  # nor does a result share memory with them
-    same(taus, before)
-
-
-@properties
-@given(task_numbers, dtypes, seeds)
-def test_a_vector_that_is_alone_or_that_all_tasks_share_is_recovered(tasks, dtype, seed):
-    (tau,) = quarters(1, seed, dtype)
-    merged = merges([tau] * tasks)
-    same(merged.pop("mean"), trim(tau, 0.5))
-    same(merged.pop("sum"), {name: tasks * entry for name, entry in trim(tau, 0.5).items()})
-    same(merged.pop("tall"), {name: tasks * entry for name, entry in tau.items()})
-    same(merged.pop("consensus"), {name: tasks * entry * (tasks in (2, 3)) for name, entry in tau.items()})
-    for name in merged:
-        same(merged[name], tau)
-    unified, masks, rescalers = emr([tau] * tasks)
-    assert rescalers == [float(any(flat(tau)))] * tasks
-    same([{name: mask[name] * unified[name] for name in tau} for mask in masks], [tau] * tasks)
 
 
 def test_entries_are_averaged_by_their_fisher_information_and_evenly_where_there_is_none():
@@ -308,16 +341,12 @@ def test_fisher_merging_and_regmean_go_by_the_statistics_of_each_task_for_texts_
 # ---- AdaMerging and Concrete masks -----------------------------------------------------------------------------------
 
 
-def ada_merging(models: list[nn.Module], **options) -> AdaMerging:
-    return AdaMerging(models[0], vectors_of(models), **options)
+def merging(kind: type[AdaMerging], models: list[nn.Module], **options) -> AdaMerging:
+    return kind(models[0], dict(enumerate(vectors_of(models))), **options)
 
 
-def concrete(models: list[nn.Module]) -> ConcreteMask:
-    return ConcreteMask(models[0], vectors_of(models))
-
-
-def ada_rank(models: list[nn.Module]) -> AdaRank:
-    return AdaRank(models[0], vectors_of(models))
+ada_merging, concrete, ada_rank = (partial(merging, kind) for kind in (AdaMerging, ConcreteMask, AdaRank))
+task_wise = partial(ada_merging, layer_wise=False)
 
 
 def layers(count: int, seed: int = 0) -> list[nn.Module]:
@@ -343,19 +372,21 @@ def with_entries(model: nn.Module, entries: dict[str, Tensor]) -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize("merging", [ada_merging, task_wise, concrete, ada_rank])
 @properties
-@given(st.booleans(), task_numbers, st.floats(0, 1), seeds)
-def test_adamerging_starts_as_task_arithmetic(layer_wise, tasks, lam, seed):
+@given(task_numbers, st.floats(0, 1), seeds)
+def test_every_merging_starts_as_task_arithmetic(merging, tasks, lam, seed):
     torch.manual_seed(seed)
     models = [nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)) for _ in range(tasks + 1)]
     for model in models:
         model(torch.randn(8, 3))  # running means: task vectors have them too
-    vectors = vectors_of(models)
-    model = AdaMerging(models[0], dict(enumerate(vectors)), layer_wise=layer_wise, init_lambda=lam)
-    assert model.lam.shape == (8 if layer_wise else 1, tasks)
-    expected = task_arithmetic(models[0], vectors, lam)
-    assert expected.keys() - model.merged().keys() == {"1.num_batches_tracked"}
-    close({**expected, **model.merged()}, expected)
+    model = merging(models, **{"scaling" if merging is concrete else "init_lambda": lam})
+    assert model.lam.shape == (8 if merging in (ada_merging, ada_rank) else 1, tasks)
+    expected = task_arithmetic(models[0], vectors_of(models), lam)
+    with torch.no_grad():
+        merged = model.merged()
+    assert expected.keys() - merged.keys() == {"1.num_batches_tracked"}
+    close({**expected, **merged}, expected)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -370,7 +401,7 @@ def test_lambda_is_clamped_to_the_unit_interval_in_use(training):
     model(x).square().sum().backward()
     outside = (model.lam < 0) | (model.lam > 1)
     assert outside.any() and not model.lam.grad[outside].any() and model.lam.grad[~outside].all()
-    free = ada_merging(models, layer_wise=False, init_lambda=-0.5, clamp=False).train(training)
+    free = task_wise(models, init_lambda=-0.5, clamp=False).train(training)
     close({**models[0].state_dict(), **free.merged()}, task_arithmetic(models[0], vectors_of(models), -0.5))
 
 
@@ -379,7 +410,7 @@ def test_lambda_is_clamped_to_the_unit_interval_in_use(training):
 @given(task_numbers, seeds)
 def test_constant_routers_are_adamerging_of_the_whole_or_where_a_module_has_one_lambda(layer_wise, tasks, seed):
     models = layers(tasks + 1, seed)
-    merging = ada_merging(models, layer_wise=layer_wise)
+    merging = ada_merging(models) if layer_wise else task_wise(models)
     mixture = upscale(models[0], models[1:], router_depth=0, modules=leaves if layer_wise else whole)
     # The places of each module's parameters among all.
     rows = [(0, 1), (2, 3), (4, 5), (6,), (7,), (8,)] if layer_wise else [(0,)]
@@ -436,22 +467,22 @@ def test_in_any_module_a_merging_is_its_merged_weights_and_changes_nothing(name,
     assert trained(models[0]).keys() == learnable
 
 
-class Checkpointed(nn.Module):
-    def __init__(self, kind: bool | None):
-        super().__init__()
-        self.first, self.second, self.kind = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), kind
-        self.second[0].weight = self.first.weight
+def checkpointed(self: Made, x: Tensor) -> Tensor:
+    h = self.first(x)
+    return self.second(h) if self.kind is None else checkpoint(self.second, h, use_reentrant=self.kind)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        return self.second(x) if self.kind is None else checkpoint(self.second, x, use_reentrant=self.kind)
+
+def tied_layers() -> Made:
+    first, second = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    second[0].weight = first.weight
+    return Made(checkpointed, first=first, second=second, kind=None)
 
 
 @pytest.mark.parametrize("merging", [ada_merging, concrete])
 @pytest.mark.parametrize("kind", [True, False])
 def test_checkpoints_in_the_model_change_no_gradient(kind, merging):
     torch.manual_seed(0)
-    models, x = [randomised(Checkpointed(None)).eval() for _ in range(3)], torch.randn(5, 4)
+    models, x = [randomised(tied_layers()).eval() for _ in range(3)], torch.randn(5, 4)
     results = []
     for models[0].kind in (None, kind):
         model = merging(models)
@@ -463,7 +494,7 @@ def test_checkpoints_in_the_model_change_no_gradient(kind, merging):
     close(*results, atol=1e-4)
 
 
-@pytest.mark.parametrize("merging", [ada_merging, partial(ada_merging, layer_wise=False), concrete, ada_rank])
+@pytest.mark.parametrize("merging", [ada_merging, task_wise, concrete, ada_rank])
 def test_adapt_trains_lambda_or_the_mask_and_nothing_else(merging):
     torch.manual_seed(0)
     models = [Transformer() for _ in range(3)]
@@ -494,19 +525,15 @@ def test_a_merging_in_another_type_or_of_another_seed_takes_the_state_of_the_fir
         torch.testing.assert_close(model(x).float(), y, atol=0.05, rtol=0.05)
 
 
-def test_a_concrete_mask_starts_as_task_arithmetic_and_is_drawn_anew_in_training():
+def test_a_concrete_mask_has_a_mean_of_one_and_is_drawn_anew_in_training():
     models = layers(3)
     model, x = concrete(models), torch.randn(5, 4)
-    merged = task_arithmetic(models[0], vectors_of(models), 0.3)
     with torch.no_grad():
-        close(model.merged(), merged)
-        close(model(x), functional_call(models[0], merged, (x,)))
-        for name, logits in trained(model).items():
-            model.get_parameter(name).copy_(torch.randn_like(logits))
-        for mask, logits in zip(model.masks().values(), trained(model).values(), strict=True):
+        randomised(model.x, 1.0)
+        masks, vectors = model.masks(), vectors_of(models)
+        for mask, logits in zip(masks.values(), trained(model).values(), strict=True):
             close(mask, torch.sigmoid(2 * logits) / torch.sigmoid(2 * logits).mean())
         same(model(x), model(x))
-        masks, vectors = model.masks(), vectors_of(models)
         masked = [{name: masks[name] * entry for name, entry in tau.items()} for tau in vectors]
         close(model.merged(), task_arithmetic(models[0], masked, 0.3))
     draws = [model.masks() for _ in range(2)]
@@ -671,45 +698,25 @@ def test_a_whole_transformer_with_one_router_or_many(layer):
     same(copied(x), y)
 
 
-def test_the_weights_of_a_shared_router_are_those_of_each_module():
-    torch.manual_seed(0)
-    models = [nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)) for _ in range(3)]
-    model, x = share_router(upscale(models[0], models[1:], modules="0|2")), torch.randn(5, 4)
-    randomised(router := model[0].router)
-    with routing_weights(model) as weights:
-        model(x)
-    close(weights["0"], router(x))
-    close(weights["2"], router(model[1](model[0](x))))
-    assert sum(p.numel() for p in trained_parameters(model)) == 4 * 4 + 4 + 2 * 4 + 2  # one router's
-
-
 @properties
-@given(st.sampled_from([1, 2]), task_numbers, batch_sizes, seeds)
+@given(st.sampled_from([0, 1, 2]), task_numbers, batch_sizes, seeds)
 def test_averaged_over_the_batch_all_samples_have_the_mean_of_their_routing_weights(depth, tasks, batch, seed):
     """So a batch runs through one merged model, a sample alone runs as before, and the routers learn."""
-    torch.manual_seed(seed)
-    models, x = (
-        [nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)) for _ in range(tasks + 1)],
-        torch.randn(batch, 3, 4),
-    )
-    single = upscale(models[0], models[1:], modules=whole, router_depth=depth)
+    pretrained, finetuned = family("plain", 4, tasks, seed)
+    x, single = torch.randn(batch, 3, 4), upscale(pretrained, finetuned, modules=whole, router_depth=depth)
     randomised(single.router)
     model = average_over_batch(copy.deepcopy(single))
     with routing_weights(single) as own, routing_weights(model) as shared:
         alone, y = single(x), model(x)
     lam = own[""].mean(0)
     close(shared[""], lam.expand(batch, -1))
-    close(y, with_entries(models[0], task_arithmetic(models[0], vectors_of(models), lam.tolist()))(x), atol=1e-4)
+    merged = task_arithmetic(pretrained, vectors_of([pretrained, *finetuned]), lam.tolist())
+    close(y, with_entries(pretrained, merged)(x), atol=1e-4)
     close(torch.cat([model(sample) for sample in x.split(1)]), alone, atol=1e-4)
     y.square().sum().backward()
-    assert sum(p.grad is not None for p in model.router.parameters()) == 2 * depth
-
-
-def test_constant_routers_have_nothing_to_average():
-    models = layers(3)
-    model = average_over_batch(upscale(models[0], models[1:], modules=whole, router_depth=0))
-    assert isinstance(model.router, Router)
-    wemoe.unload(model)
+    assert [p.grad is not None for p in model.router.parameters()] == [True] * (2 * depth or 1)
+    if depth == 0:  # nothing to average
+        close(wemoe.unload(model)(x), y)
 
 
 # ---- Twin-Merging, ensembles -----------------------------------------------------------------------------------------
@@ -721,10 +728,8 @@ def fine_tuned_inside(tasks: int) -> tuple[nn.Module, dict[str, nn.Module], dict
     """Models that differ only in their blocks, and inputs that anyone can tell apart."""
     torch.manual_seed(0)
     pretrained = Transformer()
-    finetuned = {str(t): copy.deepcopy(pretrained) for t in range(tasks)}
-    for model in finetuned.values():
-        randomised(model.blocks, 0.3)
-    return pretrained, finetuned, {str(t): torch.randn(8, 2, 3) + 9 * torch.eye(3)[t] for t in range(tasks)}
+    finetuned = {str(t): model for t, model in enumerate(varied(pretrained, lambda name: name == "blocks", tasks))}
+    return pretrained, finetuned, {task: torch.randn(8, 2, 3) + 9 * torch.eye(3)[t] for t, task in enumerate(finetuned)}
 
 
 @pytest.mark.parametrize("rank", [1, 99])
@@ -789,39 +794,10 @@ def test_an_ensemble_averages_logits_and_a_model_alone_decides_as_before():
 
 # ---- By singular values: TSV-M, Iso, WUDI ----------------------------------------------------------------------------
 
-BY_MATRIX = {"TSV-M": tsv_merge, "Iso-C": iso_c, "Iso-CTS": iso_cts, "WUDI": partial(wudi, steps=20, lr=0.01)}
-every_rule = pytest.mark.parametrize("rule", BY_MATRIX.values(), ids=list(BY_MATRIX))
-
 
 def matrices(count: int, seed: int, *shape: int) -> list[dict[str, Tensor]]:
     torch.manual_seed(seed)
     return [{"w": torch.randn(*shape).double()} for _ in range(count)]
-
-
-@every_rule
-@properties
-@given(st.integers(1, 5), st.sampled_from([(6, 9), (9, 6), (4, 4)]), st.randoms(), seeds)
-def test_matrices_are_merged_in_any_order_and_all_else_is_averaged(rule, tasks, shape, random, seed):
-    taus = matrices(tasks, seed, *shape)
-    for tau in taus:
-        tau.update(bias=torch.randn(3), kernel=torch.randn(2, 3, 2, 2).half(), running_mean=torch.randn(()))
-    before, merged = copy.deepcopy(taus), rule(taus)
-    close(rule(dict(enumerate(random.sample(taus, tasks)))), merged, atol=1e-3)
-    same(taus, before)
-    for name in ("bias", "kernel", "running_mean"):
-        close(merged[name].float(), torch.stack([tau[name].float() for tau in taus]).mean(0), atol=1e-3)
-        assert merged[name].dtype == taus[0][name].dtype
-    assert merged["w"].dtype == torch.float64 and not merged["w"].requires_grad
-
-
-@pytest.mark.parametrize(
-    "rule", [tsv_merge, BY_MATRIX["WUDI"], partial(consensus, least=1), lambda taus: tall_masks(taus)[0]]
-)
-@properties
-@given(seeds)
-def test_a_task_alone_is_recovered_whatever_its_rank(rule, seed):
-    (tau,) = matrices(1, seed, 6, 4)
-    close(rule([tau])["w"], tau["w"], atol=1e-9)
 
 
 @pytest.mark.parametrize("rule, atol", [(tsv_merge, 1e-9), (partial(wudi, steps=20), 3e-4)])
@@ -902,10 +878,9 @@ def test_regmean_plus_plus_is_least_squares_on_what_the_merged_blocks_give():
 # ---- AdaRank ---------------------------------------------------------------------------------------------------------
 
 
-def test_adarank_starts_as_task_arithmetic_and_leaves_out_what_its_mask_does():
+def test_adarank_leaves_out_what_its_mask_does():
     models, x = layers(3), torch.randn(5, 4)
     model = ada_rank(models)
-    close(model.merged(), task_arithmetic(models[0], vectors_of(models), 0.3))
     masked = vectors_of(models)
     for name, i in model.entries.items():
         if str(i) in model.x:
@@ -931,12 +906,7 @@ def towers(tasks: int) -> tuple[nn.Module, list[nn.Module]]:
     """Vision transformers that differ in their linear layers only, attention's too."""
     torch.manual_seed(0)
     pretrained = open_clip.transformer.VisionTransformer(8, 4, 8, 3, 2, 2, output_dim=4).eval().requires_grad_(False)
-    finetuned = [copy.deepcopy(pretrained) for _ in range(tasks)]
-    for model in finetuned:
-        for name, p in model.named_parameters():
-            if re.search(r"resblocks.*(attn|mlp).*(weight|bias)$", name):
-                p += 0.3 * torch.randn_like(p)
-    return pretrained, finetuned
+    return pretrained, varied(pretrained, re.compile(r"resblocks.*(attn|mlp)$").search, tasks)
 
 
 GATE = "transformer.resblocks.1.mlp.c_fc"
@@ -993,23 +963,7 @@ def test_mass_prefers_the_task_in_whose_directions_a_token_lies():
     close(model.task_weights(inside[:, :1]).argmax(1), torch.arange(2))  # a token each, in the span of its task
 
 
-# ---- Degenerate task vectors, and errors -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", DEGENERATE)
-def test_degenerate_task_vectors_give_finite_merges(name):
-    pretrained, states = degenerate(name)
-    vectors = [task_vector(pretrained, state) for state in states]
-    unified, _, rescalers = emr(vectors)
-    assert all(math.isfinite(value) for value in rescalers)
-    merged = [ties(vectors), ties(vectors, merge="mean"), *trim_and_elect(vectors), unified, trim(vectors[0])]
-    merged += [rule(vectors) for rule in (*BY_MATRIX.values(), consensus)]
-    for merging in (AdaMerging, ConcreteMask, AdaRank):
-        merged.append(merging(pretrained, vectors).merged())
-    for tau in merged:
-        assert all(p.isfinite().all() for p in tau.values())
-    if name in ("zero", "identical"):
-        close(ties(vectors, keep=1.0, merge="mean"), vectors[0])
+# ---- Errors ----------------------------------------------------------------------------------------------------------
 
 
 LINEAR = nn.Linear(2, 2)
@@ -1033,7 +987,6 @@ ERRORS = {
     "'b' is in a task vector alone": lambda: ties([vector(1.0), vector(1.0) | {"b": LINEAR.bias}]),
     r"'w' has shape \(2,\) in a task vector, but \(1,\)": lambda: emr([vector(1.0), vector(1.0, 2.0)]),
     "nothing to merge": lambda: ties([]),
-    "nothing to merge: at least one task": lambda: tsv_merge([]),
     "models for .* but inputs or heads for": lambda: regmean_plus_plus({"a": LINEAR}, {}),
     "rank of at least 1, got rank=-1": lambda: Smile(LINEAR, [LINEAR], rank=-1),
     "nothing to merge: at least one": lambda: AdaMerging(LINEAR, []),
