@@ -743,8 +743,7 @@ def _linear_by(function: Callable[..., Tensor]) -> Iterator[None]:
 def weigh_entries(thetas: Tensor, fishers: Tensor) -> Tensor:
     """Fisher merging: Σ_t F_t θ_t / Σ_t F_t, entry by entry; (T, ...), (T, ...) -> (...)."""
     total = fishers.sum(0)
-    weighted = (fishers * thetas).sum(0) / total.clamp_min(torch.finfo(total.dtype).tiny)
-    return torch.where(total > 0, weighted, thetas.mean(0))
+    return torch.where(total > 0, (fishers * thetas).sum(0) / total, thetas.mean(0))
 
 
 def least_squares(thetas: Tensor, grams: Tensor, alpha: float = 0.9) -> Tensor:
