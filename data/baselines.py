@@ -388,7 +388,7 @@ def _factors(tau: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(..., D_out, r) and (..., r, D_in), whose product comes closest to τ (..., D_out, D_in)."""
     if rank < 1:
         raise ValueError(f"Task vectors have a rank of at least 1, got {rank=}.")
-    u, s, v = _svd(tau.to(torch.promote_types(tau.dtype, torch.float32)))
+    u, s, v = torch.linalg.svd(tau.to(torch.promote_types(tau.dtype, torch.float32)), full_matrices=False)
     return (u * s[..., None, :])[..., :rank].to(tau.dtype), v[..., :rank, :].to(tau.dtype)
 
 
