@@ -8,7 +8,7 @@ name (a text's input_ids and attention_mask).
 import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from operator import attrgetter
 from unittest.mock import patch
@@ -45,11 +45,10 @@ def trim_and_elect(task_vectors: Vectors, keep: float = 0.2) -> list[State]:
     AdaMerging++ learns λ for these. Raises ValueError if the vectors differ in structure, and unless 0 < keep <= 1.
     """
     trimmed = [trim(tau, keep) for tau in _members(task_vectors)]
-    signs = {name: taus.sum(0).sign() for name, taus in _stacked(trimmed)}
-    return [{name: torch.where(e.double() * signs[name] > 0, e, 0) for name, e in tau.items()} for tau in trimmed]
+    signs = _by_entry(trimmed, lambda taus: taus.sum(0).sign())
+    return [{name: torch.where(e * signs[name] > 0, e, 0) for name, e in tau.items()} for tau in trimmed]
 
 
-@torch.no_grad()
 def ties(task_vectors: Vectors, keep: float = 0.2, merge: str = "sum") -> State:
     """One vector for all tasks, of the entries that `trim_and_elect` leaves (TIES-Merging, arXiv 2306.01708).
 
@@ -57,17 +56,12 @@ def ties(task_vectors: Vectors, keep: float = 0.2, merge: str = "sum") -> State:
     merge="mean" takes the mean of those that are left: TIES' own paper, with λ = 1.
     Raises ValueError for another `merge`, if the vectors differ in structure, and unless 0 < keep <= 1.
     """
-    if merge not in ("sum", "mean"):
+    rules = {"sum": lambda taus: taus.sum(0), "mean": lambda taus: taus.sum(0) / (taus != 0).sum(0).clamp_min(1)}
+    if merge not in rules:
         raise ValueError(f"TIES merges by 'sum' or 'mean', not by {merge!r}.")
-    elected = trim_and_elect(task_vectors, keep)
-    merged = {}
-    for name, taus in _stacked(elected):
-        count = (taus != 0).sum(0).clamp_min(1) if merge == "mean" else 1
-        merged[name] = (taus.sum(0) / count).to(elected[0][name].dtype)
-    return merged
+    return _by_entry(trim_and_elect(task_vectors, keep), rules[merge])
 
 
-@torch.no_grad()
 def emr(task_vectors: Vectors) -> tuple[State, list[State], list[float]]:
     """EMR-Merging's unified vector τ, masks M_t and rescalers λ_t (Huang et al., arXiv 2405.17461):
 
@@ -75,21 +69,20 @@ def emr(task_vectors: Vectors) -> tuple[State, list[State], list[float]]:
 
     entry by entry, but the sums in λ_t are over all entries. The model of task t is θ_0 + λ_t M_t τ.
     """
-    vectors = _members(task_vectors)
-    unified, masks, rescalers = {}, [{} for _ in vectors], []
-    for name, taus in _stacked(vectors):
+
+    def rule(taus: Tensor) -> Tensor:
         sign = taus.sum(0).sign()
-        agree = taus * sign > 0  # that is, τ_t τ > 0
-        unified[name] = (sign * (taus.abs() * agree).amax(0)).to(vectors[0][name].dtype)
-        for mask, of_task in zip(masks, agree):
-            mask[name] = of_task
+        return sign * (taus.abs() * (taus * sign > 0)).amax(0)
+
+    vectors = _members(task_vectors)
+    unified, rescalers = _by_entry(vectors, rule), []
+    masks = [{name: tau[name] * entry.sign() > 0 for name, entry in unified.items()} for tau in vectors]
     for tau, mask in zip(vectors, masks):
-        kept = sum((mask[name] * entry).abs().sum(dtype=torch.float64) for name, entry in unified.items())
-        rescalers.append(float(sum(v.abs().sum(dtype=torch.float64) for v in tau.values()) / kept) if kept else 0.0)
+        kept = _magnitude({name: mask[name] * entry for name, entry in unified.items()})
+        rescalers.append(_magnitude(tau) / kept if kept else 0.0)
     return unified, masks, rescalers
 
 
-@torch.no_grad()
 def tall_masks(task_vectors: Vectors, threshold: float = 0.4) -> tuple[State, list[State]]:
     """The sum τ of the task vectors, and what each task needs of it, M_t = (|τ_t| > threshold |τ - τ_t|).
 
@@ -97,13 +90,9 @@ def tall_masks(task_vectors: Vectors, threshold: float = 0.4) -> tuple[State, li
     of 0.2 to 0.6, is chosen for each task on labelled images).
     """
     vectors = _members(task_vectors)
-    unified, masks = {}, [{} for _ in vectors]
-    for name, taus in _stacked(vectors):
-        total = taus.sum(0)
-        unified[name] = total.to(vectors[0][name].dtype)
-        for mask, of_task in zip(masks, taus.abs() > threshold * (total - taus).abs()):
-            mask[name] = of_task
-    return unified, masks
+    needed = _by_entry(vectors, lambda taus: taus.abs() > threshold * (taus.sum(0) - taus).abs())
+    masks = [{name: of_tasks[t] for name, of_tasks in needed.items()} for t in range(len(vectors))]
+    return _by_entry(vectors, lambda taus: taus.sum(0)), masks
 
 
 def consensus(task_vectors: Vectors, threshold: float = 0.4, least: int = 2) -> State:
@@ -126,10 +115,22 @@ def _members(vectors: Vectors) -> list[State]:
     return members
 
 
-def _stacked(vectors: list[State]) -> Iterator[tuple[str, Tensor]]:
-    """Each entry of all vectors, (T, *shape), in float64. Raises ValueError, naming the entry, if one differs."""
-    wemoe.task_arithmetic(vectors[0], vectors[1:])
-    return ((name, torch.stack([tau[name] for tau in vectors]).double()) for name in vectors[0])
+def _magnitude(tau: State) -> float:
+    return sum(entry.abs().sum(dtype=torch.float64).item() for entry in tau.values())
+
+
+@torch.no_grad()
+def _by_entry(task_vectors: Vectors, rule: Callable[[Tensor], Tensor]) -> State:
+    """What the rule makes of each entry of all vectors, (T, *shape) in float64: numbers in their dtype, or masks.
+
+    Raises ValueError, naming the entry, if the vectors differ in structure.
+    """
+    vectors, merged = _members(task_vectors), {}
+    wemoe.task_arithmetic(vectors[0], vectors[1:])  # refuses what differs
+    for name, entry in vectors[0].items():
+        result = rule(torch.stack([tau[name] for tau in vectors]).double())
+        merged[name] = result.to(entry.dtype) if result.is_floating_point() else result
+    return merged
 
 
 # ---- Matrices by their singular values, all else by the mean ---------------------------------------------------------
@@ -198,13 +199,9 @@ def wudi(task_vectors: Vectors, steps: int = 300, lr: float = 1e-5) -> State:
     return _by_matrix(task_vectors, rule)
 
 
-@torch.no_grad()
 def _by_matrix(task_vectors: Vectors, rule: Callable[[Tensor], Tensor]) -> State:
     """One vector for all tasks: matrices by `rule`, (T, D_out, D_in) -> (D_out, D_in), all else by the mean."""
-    vectors, merged = _members(task_vectors), {}
-    for name, taus in _stacked(vectors):
-        merged[name] = (rule(taus) if taus.dim() == 3 else taus.mean(0)).to(vectors[0][name].dtype)
-    return merged
+    return _by_entry(task_vectors, lambda taus: rule(taus) if taus.dim() == 3 else taus.mean(0))
 
 
 def _first_triples(taus: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -260,7 +257,7 @@ class AdaMerging(MergedLayer):
         index = {attrgetter(path)(model): i for path, i in self.names.items()}
         self.entries = {name: index[p] for name, p in theta_0.items()}  # of the state dict; a tied tensor has one λ
         shape = len(index) if layer_wise else 1, len(vectors)
-        self.lam = nn.Parameter(torch.full(shape, float(init_lambda), device=next(iter(index)).device))
+        self.lam = nn.Parameter(torch.full(shape, float(init_lambda), device=self.tau(0).device))
 
     def delta(self, lam: Tensor, i: int) -> Tensor:
         lam = lam[i if len(lam) > 1 else 0]
@@ -285,7 +282,7 @@ class ConcreteMask(AdaMerging):
     def __init__(self, pretrained: nn.Module, task_vectors: Vectors, scaling: float = 0.3):
         super().__init__(pretrained, task_vectors, layer_wise=False, init_lambda=scaling)
         self.lam.requires_grad_(False)
-        self.x = nn.ParameterList(torch.zeros_like(self.tau(i)[0]) for i in range(len(set(self.entries.values()))))
+        self.x = nn.ParameterList(torch.zeros_like(self.tau(i)[0]) for i in range(len(self.names)))
 
     def delta(self, lam: Tensor, i: int) -> Tensor:
         return self.mask(i) * super().delta(lam, i)
@@ -309,9 +306,9 @@ class AdaRank(AdaMerging):
     """
 
     def __init__(self, pretrained: nn.Module, task_vectors: Vectors, init_lambda: float = 0.3):
-        super().__init__(pretrained, task_vectors, init_lambda=init_lambda)
+        super().__init__(pretrained, task_vectors, init_lambda=init_lambda, clamp=False)
         self.x, self.factors = nn.ParameterDict(), nn.ParameterDict()
-        for i in set(self.entries.values()):
+        for i in range(len(self.names)):
             if self.tau(i).dim() == 3:
                 u, s, v = _svd(self._parameters.pop(f"tau_{i}").detach())
                 self.x[str(i)] = torch.full_like(s, 0.1)  # (T, r): all kept at first
@@ -320,7 +317,7 @@ class AdaRank(AdaMerging):
 
     def delta(self, lam: Tensor, i: int) -> Tensor:
         if str(i) not in self.x:
-            return torch.tensordot(lam[i].to(self.tau(i)), self.tau(i), dims=1)
+            return super().delta(lam, i)
         us, v = self.factors[f"us_{i}"], self.factors[f"v_{i}"]  # (D_out, T, r), (T, r, D_in)
         soft = torch.sigmoid(self.x[str(i)] / 10)
         mask = soft + ((soft > 0.5).to(soft) - soft).detach()  # the gradient is that of the sigmoid
@@ -464,16 +461,11 @@ class TwinMerging(nn.Module):
             raise TypeError("Twin-Merging takes one input, or inputs by name.")
         (batch,) = args or (kwargs,)
         with self.routed_by(self.task_weights(batch)):
-            return _run(self.model, batch)
+            return run(self.model, batch)
 
-    @contextmanager
-    def routed_by(self, lam: Tensor) -> Iterator[None]:
+    def routed_by(self, lam: Tensor) -> AbstractContextManager:
         """Meanwhile, λ (B, T), or (1, T) for all samples, is this in all routed modules."""
-        self.router.lam = lam
-        try:
-            yield
-        finally:
-            self.router.lam = None  # so that the model can be copied
+        return patch.object(self.router, "lam", lam)
 
 
 class _Given(nn.Module):
@@ -517,14 +509,12 @@ def twin_merging(
     experts = []
     for model in finetuned.values():
         own = wemoe.task_vector(shared, model)
-        for name, tau in own.items():
-            if tau.dim() == 2:  # of attention, too, which has no other form than the dense one
-                u, v = _factors(tau, rank)
-                own[name] = u @ v
+        # Those of attention, too, which has no other form than the dense one.
+        own |= {name: torch.matmul(*_factors(tau, rank)) for name, tau in own.items() if tau.dim() == 2}
         experts.append(wemoe.task_arithmetic(shared, [own], 1.0))
     layer = partial(LowRankLinear, rank=rank)
     model = wemoe.upscale(shared, experts, init_lambda=0.0, router_depth=0, modules=modules, layer=layer)
-    twin = TwinMerging(model, len(experts), features or _run).to(device)
+    twin = TwinMerging(model, len(experts), features or run).to(device)
     with torch.no_grad():
         seen = [twin.features(inputs[task]) for task in finetuned]
     labels = torch.cat([torch.full((len(x),), task, device=device) for task, x in enumerate(seen)])
@@ -554,30 +544,29 @@ class Smile(nn.Module):
         self.model, self.gate_rank = copy.deepcopy(pretrained).requires_grad_(False), gate_rank
         vectors = [wemoe.task_vector(pretrained, model) for model in _members(finetuned)]
         self.num_tasks, self.experts = len(vectors), nn.ModuleList()
-        self.layers: list[tuple[str, bool]] = []  # the name of its matrix, whether its tokens are in the samples' order
-        self.choices: dict[int, Tensor] | None = None  # of each layer, (B, ..., T), while they are asked for
+        self.layers: dict[str, bool] = {}  # by the name of its matrix: whether its tokens are in the samples' order
+        self.choices: dict[Tensor, Tensor] | None = None  # by matrix, (B, ..., T), while they are asked for
         for path, module in self.model.named_modules():
             kind = "in_proj_" if isinstance(module, nn.MultiheadAttention) else ""
-            name, bias = (f"{path}.{kind}{of}".lstrip(".") for of in ("weight", "bias"))
-            if isinstance(module, nn.Linear | nn.MultiheadAttention) and name in vectors[0]:
-                factors = _factors(torch.stack([tau[name] for tau in vectors]), rank)
-                biases = [torch.stack([tau[bias] for tau in vectors])] if bias in vectors[0] else []
-                self.experts.append(nn.ParameterList(nn.Parameter(p, False) for p in (*factors, *biases)))
-                self.layers.append((name, type(module) is nn.Linear))  # attention puts its tokens in another order
+            names = [f"{path}.{kind}{of}".lstrip(".") for of in ("weight", "bias")]
+            if isinstance(module, nn.Linear | nn.MultiheadAttention) and names[0] in vectors[0]:
+                tau, *biases = (torch.stack([v[name] for v in vectors]) for name in names if name in vectors[0])
+                self.experts.append(nn.ParameterList([*_factors(tau, rank), *biases]).requires_grad_(False))
+                self.layers[names[0]] = type(module) is nn.Linear  # attention puts its tokens in another order
 
     def forward(self, *args, **kwargs):
-        places = {self.model.get_parameter(name): i for i, (name, _) in enumerate(self.layers)}
+        experts = dict(zip(map(self.model.get_parameter, self.layers), self.experts))
 
         def routed(linear: Callable, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             y = linear(x, weight, bias)
-            if weight not in places:
+            if weight not in experts:
                 return y
-            u, v, *biases = self.experts[places[weight]]  # (T, D_out, r), (T, r, D_in), (T, D_out)
+            u, v, *biases = experts[weight]  # (T, D_out, r), (T, r, D_in), (T, D_out)
             h = linear(x, v.flatten(0, 1)).unflatten(-1, v.shape[:2])  # (..., T, r)
             energy = h[..., : self.gate_rank].square().sum(-1)
             choice = F.one_hot(energy.argmax(-1), self.num_tasks).to(h)  # (..., T)
             if self.choices is not None:
-                self.choices[places[weight]] = choice
+                self.choices[weight] = choice
             y = y + linear((h * choice[..., None]).flatten(-2), u.movedim(1, 0).flatten(1))
             return y + choice @ biases[0] if biases else y
 
@@ -587,13 +576,10 @@ class Smile(nn.Module):
     @torch.no_grad()
     def task_weights(self, batch: Batch) -> Tensor:
         """(B, T): how many of a sample's tokens have each expert, in the mean over layers."""
-        self.choices = {}
-        try:
-            _run(self, batch)
-            choices = [self.choices[i] for i, (_, in_order) in enumerate(self.layers) if in_order]
-        finally:
-            self.choices = None
-        return sum(choice.flatten(1, -2).mean(1) for choice in choices) / len(choices)
+        with patch.object(self, "choices", {}) as choices:
+            run(self, batch)
+        of_layers = [choices[self.model.get_parameter(name)] for name, in_order in self.layers.items() if in_order]
+        return sum(choice.reshape(len(choice), -1, self.num_tasks).mean(1) for choice in of_layers) / len(of_layers)
 
 
 class Mass(nn.Module):
@@ -615,7 +601,7 @@ class Mass(nn.Module):
         for name in self.names:
             taus = torch.stack([tau[name] for tau in vectors])
             parts = _first_triples(taus) if taus.dim() == 3 else [taus]
-            self.parts.append(nn.ParameterList(nn.Parameter(p.contiguous(), False) for p in parts))
+            self.parts.append(nn.ParameterList(p.contiguous() for p in parts).requires_grad_(False))
 
     def merged(self, tasks: tuple[int, ...]) -> State:
         """θ_0 + τ of these tasks; the last six merges are kept."""
@@ -628,11 +614,11 @@ class Mass(nn.Module):
         return self.kept[tasks]
 
     @torch.no_grad()
-    def task_weights(self, batch: Batch) -> Tensor:
+    def task_weights(self, batch: Tensor) -> Tensor:
         """(B, T), the weights of the tasks that are left, 0 for all others."""
         seen = []
         gate = self.model.get_submodule(self.layer).register_forward_pre_hook(lambda _, x: seen.append(x[0][:, 0]))
-        self.run(tuple(range(self.num_tasks)), batch)
+        functional_call(self.model, self.merged(tuple(range(self.num_tasks))), batch)
         gate.remove()
         v = self.parts[self.names.index(f"{self.layer}.weight")][2]  # (T, k, D)
         (x,) = seen  # (B, D)
@@ -646,17 +632,9 @@ class Mass(nn.Module):
     @torch.no_grad()
     def forward(self, batch: Tensor) -> Tensor:
         groups, group = (self.task_weights(batch) > 0).unique(dim=0, return_inverse=True)
-        outputs = None
-        for i, row in enumerate(groups):
-            samples = group == i
-            y = self.run(tuple(row.nonzero().flatten().tolist()), batch[samples])
-            outputs = batch.new_zeros(len(batch), *y.shape[1:], dtype=y.dtype) if outputs is None else outputs
-            outputs[samples] = y
-        return outputs
-
-    def run(self, tasks: tuple[int, ...], batch: Batch):
-        args, kwargs = ((batch,), {}) if isinstance(batch, Tensor) else ((), dict(batch))
-        return functional_call(self.model, self.merged(tasks), args, kwargs)
+        choices = [tuple(row.nonzero().flatten().tolist()) for row in groups]
+        outputs = [functional_call(self.model, self.merged(t), batch[group == i]) for i, t in enumerate(choices)]
+        return torch.cat(outputs)[group.argsort(stable=True).argsort()]  # in the order of the batch again
 
 
 class Ensemble(nn.Module):
@@ -664,7 +642,7 @@ class Ensemble(nn.Module):
 
     def __init__(self, models: Iterable[nn.Module] | Mapping[str, nn.Module]):
         super().__init__()
-        self.models = nn.ModuleList(models.values() if isinstance(models, Mapping) else models)
+        self.models = nn.ModuleList(_members(models))
 
     def forward(self, *args, **kwargs) -> Tensor:
         return sum(F.normalize(model(*args, **kwargs), dim=-1) for model in self.models)
@@ -684,10 +662,7 @@ def fisher_merging(
 
 def regmean(finetuned: Mapping[str, nn.Module], inputs: Mapping[str, Batch], alpha: float = 0.9) -> State:
     """RegMean (Jin et al., arXiv 2212.09849): linear layers by least squares on their inputs, all else by the mean."""
-    _check_tasks(finetuned, inputs)
-    grams = [gram_matrices(model, inputs[task]) for task, model in finetuned.items()]
-    rule = partial(least_squares, alpha=alpha)
-    return average_by(grams, [model.state_dict() for model in finetuned.values()], rule)
+    return regmean_plus_plus(finetuned, inputs, alpha, blocks="^$")  # one block, the whole model
 
 
 def regmean_plus_plus(
@@ -701,7 +676,8 @@ def regmean_plus_plus(
     states = {task: model.state_dict() for task, model in finetuned.items()}
     merged = average_by([{}], list(states.values()), least_squares)
     hybrid = copy.deepcopy(next(iter(finetuned.values())))
-    for block in [f"{name}." for name, _ in hybrid.named_modules() if re.search(blocks, name)]:
+    names = [name for name, _ in hybrid.named_modules() if re.search(blocks, name)]
+    for block in [f"{name}." if name else "" for name in names]:
         own, grams = [], []
         for task, state in states.items():
             own.append({name: p for name, p in state.items() if name.startswith(block)})
@@ -724,13 +700,12 @@ def fisher_information(model: nn.Module, batch: Batch, logits: Callable[..., Ten
     for x in samples:
         # The other implementations of attention would go through the classes one by one.
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            log_p = F.log_softmax(logits(_run(model, x)), dim=-1)[0]  # (C,)
+            log_p = F.log_softmax(logits(run(model, x)), dim=-1)[0]  # (C,)
         p = log_p.detach().exp()
         rows = p.sqrt().diag() if len(p) <= 16 else F.one_hot(torch.multinomial(p, 16, True), len(p)) / 4.0
-        gradients = torch.autograd.grad(log_p, theta, rows, is_grads_batched=True, allow_unused=True)  # (16, *shape)
-        for f, gradient in zip(total, gradients):
-            if gradient is not None:
-                f += gradient.square().sum(0) / len(samples)
+        gradients = torch.autograd.grad(log_p, theta, rows, is_grads_batched=True, materialize_grads=True)
+        for f, gradient in zip(total, gradients):  # (16, *shape)
+            f += gradient.square().sum(0) / len(samples)
     return {name: f.cpu() for (name, _), f in zip(model.named_parameters(), total)}
 
 
@@ -754,7 +729,7 @@ def gram_matrices(model: nn.Module, batch: Batch) -> State:
     with _linear_by(recording):
         for part in _split(batch, 64):
             mask = None if isinstance(part, Tensor) else part.get("attention_mask")
-            _run(model, part)
+            run(model, part)
     return {name: (total / count).cpu() for name, (total, count) in sums.items()}
 
 
@@ -769,8 +744,7 @@ def _linear_by(function: Callable[..., Tensor]) -> Iterator[None]:
 def weigh_entries(thetas: Tensor, fishers: Tensor) -> Tensor:
     """Fisher merging: Σ_t F_t θ_t / Σ_t F_t, entry by entry; (T, ...), (T, ...) -> (...)."""
     total = fishers.sum(0)
-    weighted = (fishers * thetas).sum(0) / total.clamp_min(torch.finfo(total.dtype).tiny)
-    return torch.where(total > 0, weighted, thetas.mean(0))
+    return torch.where(total > 0, (fishers * thetas).sum(0) / total, thetas.mean(0))
 
 
 def least_squares(thetas: Tensor, grams: Tensor, alpha: float = 0.9) -> Tensor:
@@ -787,11 +761,7 @@ def least_squares(thetas: Tensor, grams: Tensor, alpha: float = 0.9) -> Tensor:
 
 
 @torch.no_grad()
-def average_by(
-    statistics: list[dict[str, Tensor]],
-    models: list[dict[str, Tensor]],
-    rule: Callable[[Tensor, Tensor], Tensor],
-) -> dict[str, Tensor]:
+def average_by(statistics: list[State], models: list[State], rule: Callable[[Tensor, Tensor], Tensor]) -> State:
     """The mean of the models, entry by entry, but by `rule` (in float64) where there are statistics of the entry."""
     merged = {}
     for name, entry in models[0].items():
@@ -805,7 +775,8 @@ def average_by(
 # ---- Batches: tensors, or tensors by name ----------------------------------------------------------------------------
 
 
-def _run(model: nn.Module, batch: Batch):
+def run(model: nn.Module, batch: Batch):
+    """What the model makes of its input, or of its inputs by name."""
     return model(batch) if isinstance(batch, Tensor) else model(**batch)
 
 

@@ -21,12 +21,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 import wemoe
+from data.baselines import Batch, run
 from data.dependencies import code_of
 from data.files import derive_seed, fingerprint, read_kept, write
 from data.processes import barrier, each, gathered, progress, rank, total, world
 
 CURVE_IMAGES = 40  # of each task, on which the accuracy is measured during adaptation
-Batch = Tensor | dict[str, Tensor]  # what a tower takes: its input, or its inputs by name
 
 
 @dataclass(frozen=True)
@@ -153,10 +153,6 @@ class Suite:
             features = run(tower, batch)
         logits = self.logits(task)(features)
         return logits.argmax(-1) if logits.shape[-1] > 1 else logits[:, 0]
-
-
-def run(tower: nn.Module, batch: Batch):
-    return tower(batch) if isinstance(batch, Tensor) else tower(**batch)
 
 
 def padded(rows: Tensor, padding: int = 0) -> Batch:
@@ -329,8 +325,7 @@ def adapt(
         kept = read_kept(file, partial(torch.load, map_location=suite.device, weights_only=True))
         curve = kept["curve"]
         optimizer.load_state_dict(kept["optimizer"])
-        for entry, p in trained.items():
-            p.data.copy_(kept["trained"][entry])
+        model.load_state_dict(kept["trained"], strict=False)
         random = kept["random"].cpu()
         torch.cuda.set_rng_state(random, suite.device) if on_gpu else torch.set_rng_state(random)
     else:

@@ -7,6 +7,7 @@ import copy
 import itertools
 import math
 import re
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import open_clip
@@ -17,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import test_wemoe
@@ -74,6 +74,7 @@ from test_wemoe import (
     seeds,
     task_numbers,
     trained,
+    varied,
 )
 from wemoe import Router, WEMoE, adapt, routing_weights, task_arithmetic, task_vector, upscale
 
@@ -102,9 +103,9 @@ def output_and_gradients(module: nn.Module, x: Tensor) -> list[Tensor]:
     return [y, *gradients(y, x, module)]
 
 
-# ---- TIES, EMR, Fisher merging, RegMean ------------------------------------------------------------------------------
+# ---- One vector for all tasks: what is true of every rule, and what each rule is -------------------------------------
 
-SHAPES = {"block.weight": (3, 4), "block.bias": (3,), "scale": ()}
+SHAPES = {"wide": (3, 4), "tall": (4, 3), "bias": (3,), "kernel": (2, 3, 2, 2), "scale": ()}
 shares = st.sampled_from([0.03, 0.1, 0.5, 1.0])
 dtypes = st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64])
 
@@ -123,19 +124,80 @@ def flat(tau: dict[str, Tensor]) -> list[float]:
     return torch.cat([entry.flatten() for entry in tau.values()]).tolist()
 
 
-def merges(taus: list[dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """What every method makes of these, with some statistics of each of them."""
-    fishers = [{"scale": tau["scale"].abs() + 1, "block.bias": tau["block.bias"] ** 2} for tau in taus]
-    grams = [{"block.weight": tau["block.weight"].double().T @ tau["block.weight"].double()} for tau in taus]
-    return {
-        "sum": ties(taus, 0.5, "sum"),
-        "mean": ties(taus, 0.5, "mean"),
-        "emr": emr(taus)[0],
-        "tall": tall_masks(taus)[0],
-        "consensus": consensus(taus),
-        "fisher": average_by(fishers, taus, weigh_entries),
-        "regmean": average_by(grams, taus, least_squares),
+def by_fisher(taus: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Fisher merging of all but matrices, whose information is the square of what is merged, and more of numbers."""
+    fishers = [{name: p**2 + (p.dim() == 0) for name, p in tau.items() if p.dim() != 2} for tau in taus]
+    return average_by(fishers, taus, weigh_entries)
+
+
+def by_gram(taus: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """RegMean, what is merged being its own input."""
+    grams = [{name: p.double().T @ p.double() for name, p in tau.items() if p.dim() == 2} for tau in taus]
+    return average_by(grams, taus, least_squares)
+
+
+BY_MATRIX = {"TSV-M": tsv_merge, "Iso-C": iso_c, "Iso-CTS": iso_cts, "WUDI": partial(wudi, steps=20, lr=0.01)}
+RULES = {
+    "TIES": partial(ties, keep=0.5),
+    "TIES (mean)": partial(ties, keep=0.5, merge="mean"),
+    "EMR": lambda taus: emr(taus)[0],
+    "TALL": lambda taus: tall_masks(taus)[0],
+    "consensus": consensus,
+    "Fisher": by_fisher,
+    "RegMean": by_gram,
+    **BY_MATRIX,
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@properties
+@given(st.integers(1, 5), st.randoms(), dtypes, seeds)
+def test_merging_leaves_its_inputs_alone_and_asks_for_no_order(rule, tasks, random, dtype, seed):
+    taus = quarters(tasks, seed, dtype)
+    if rule in BY_MATRIX:  # singular vectors that are well defined
+        taus = [{name: torch.randn_like(p) for name, p in tau.items()} for tau in taus]
+    before, merged = copy.deepcopy(taus), RULES[rule](taus)
+    rounding = dict(atol=1e-3, rtol=1e-3) if rule in BY_MATRIX else {}
+    torch.testing.assert_close(RULES[rule](random.sample(taus, tasks)), merged, **rounding)
+    assert {name: (p.shape, p.dtype) for name, p in merged.items()} == {n: (s, dtype) for n, s in SHAPES.items()}
+    if rule in BY_MATRIX:
+        for name in ("bias", "kernel", "scale"):
+            same(merged[name], torch.stack([tau[name] for tau in taus]).double().mean(0).to(dtype))
+    [entry.fill_(7) for entry in merged.values()]  # nor does a result share memory with them
+    same(taus, before)
+
+
+@properties
+@given(task_numbers, dtypes, seeds)
+def test_a_vector_that_is_alone_or_that_all_tasks_share_is_recovered(tasks, dtype, seed):
+    (tau,) = quarters(1, seed, dtype)
+    trimmed = trim(tau, 0.5)
+    expected = {
+        "TIES": {name: tasks * entry for name, entry in trimmed.items()},
+        "TIES (mean)": trimmed,
+        "TALL": {name: tasks * entry for name, entry in tau.items()},
+        "consensus": {name: tasks * entry * (tasks in (2, 3)) for name, entry in tau.items()},
     }
+    for name in RULES.keys() - BY_MATRIX.keys():
+        same(RULES[name]([tau] * tasks), expected.get(name, tau))
+    for name in ("TSV-M", "WUDI"):
+        torch.testing.assert_close(RULES[name]([tau]), tau)
+    unified, masks, rescalers = emr([tau] * tasks)
+    assert rescalers == [float(any(flat(tau)))] * tasks
+    same([{name: mask[name] * unified[name] for name in tau} for mask in masks], [tau] * tasks)
+
+
+@pytest.mark.parametrize("name", DEGENERATE)
+def test_degenerate_task_vectors_give_finite_merges(name):
+    pretrained, states = degenerate(name)
+    vectors = [task_vector(pretrained, state) for state in states]
+    assert all(math.isfinite(value) for value in emr(vectors)[2])
+    merged = [rule(vectors) for rule in RULES.values()] + trim_and_elect(vectors)
+    merged += [merging(pretrained, vectors).merged() for merging in (AdaMerging, ConcreteMask, AdaRank)]
+    for tau in merged:
+        assert all(p.isfinite().all() for p in tau.values())
+    if name in ("zero", "identical"):
+        close(ties(vectors, keep=1.0, merge="mean"), vectors[0])
 
 
 @properties
@@ -159,9 +221,7 @@ def test_ties_and_the_elected_vectors_are_their_definition(tasks, keep, dtype, s
     sums = [sum(entries) for entries in elected]
     means = [sum(entries) / max(1, sum(e != 0 for e in entries)) for entries in elected]
     for merge, expected in (("sum", sums), ("mean", means)):
-        merged = ties(taus, keep, merge)
-        assert flat(merged) == torch.tensor(expected, dtype=torch.float64).to(dtype).tolist()
-        assert {name: (p.shape, p.dtype) for name, p in merged.items()} == {n: (s, dtype) for n, s in SHAPES.items()}
+        assert flat(ties(taus, keep, merge)) == torch.tensor(expected, dtype=torch.float64).to(dtype).tolist()
 
 
 @properties
@@ -176,34 +236,6 @@ def test_emr_is_its_definition_and_keeps_each_tasks_sum_of_magnitudes(tasks, see
         assert flat(mask) == [e * u > 0 for e, u in zip(flat(tau), expected)]
         magnitudes = sum(map(abs, flat(tau))) if any(flat(mask)) else 0  # nothing may be left of a task
         assert sum(rescaler * abs(u) * m for u, m in zip(expected, flat(mask))) == pytest.approx(magnitudes)
-
-
-@properties
-@given(st.integers(2, 4), st.randoms(), dtypes, seeds)
-def test_merging_leaves_its_inputs_alone_and_asks_for_no_order(tasks, random, dtype, seed):
-    taus = quarters(tasks, seed, dtype)
-    before, merged = copy.deepcopy(taus), merges(taus)
-    torch.testing.assert_close(merges(random.sample(taus, tasks)), merged)
-    for tau in merged.values():
-        assert {name: (p.shape, p.dtype) for name, p in tau.items()} == {n: (s, dtype) for n, s in SHAPES.items()}
-        [entry.fill_(7) for entry in tau.values()]  # nor does a result share memory with them
-    same(taus, before)
-
-
-@properties
-@given(task_numbers, dtypes, seeds)
-def test_a_vector_that_is_alone_or_that_all_tasks_share_is_recovered(tasks, dtype, seed):
-    (tau,) = quarters(1, seed, dtype)
-    merged = merges([tau] * tasks)
-    same(merged.pop("mean"), trim(tau, 0.5))
-    same(merged.pop("sum"), {name: tasks * entry for name, entry in trim(tau, 0.5).items()})
-    same(merged.pop("tall"), {name: tasks * entry for name, entry in tau.items()})
-    same(merged.pop("consensus"), {name: tasks * entry * (tasks in (2, 3)) for name, entry in tau.items()})
-    for name in merged:
-        same(merged[name], tau)
-    unified, masks, rescalers = emr([tau] * tasks)
-    assert rescalers == [float(any(flat(tau)))] * tasks
-    same([{name: mask[name] * unified[name] for name in tau} for mask in masks], [tau] * tasks)
 
 
 def test_entries_are_averaged_by_their_fisher_information_and_evenly_where_there_is_none():
@@ -247,15 +279,6 @@ def test_regmean_minimises_its_objective(tasks, alpha, seed):
     close(merged["bias"], mean["bias"])
 
 
-def test_gram_matrices_do_not_depend_on_padding():
-    torch.manual_seed(0)
-    parts = {"words": nn.Embedding(9, 4), "mlp": nn.Linear(4, 4)}
-    model = Made(lambda self, input_ids, attention_mask: self.mlp(self.words(input_ids)), **parts)
-    batch = texts(3)
-    padded = {name: F.pad(value, (0, 4)) for name, value in batch.items()}
-    close(gram_matrices(model, padded)["mlp.weight"], gram_matrices(model, batch)["mlp.weight"])
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_gram_matrices_cover_the_attention_of_open_clip(training):
     torch.manual_seed(0)
@@ -275,25 +298,30 @@ def test_gram_matrices_cover_the_attention_of_open_clip(training):
     torch.testing.assert_close(grams, {name: expected[name].detach() for name in grams}, rtol=1e-4, atol=1e-5)
 
 
-class Text(nn.Module):
+def text_model() -> Made:
     """Takes its inputs by name."""
 
-    def __init__(self):
-        super().__init__()
-        self.words, self.out = nn.Embedding(9, 4), nn.Linear(4, 3)
+    def run(self: Made, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        h = self.out(self.words(input_ids)) * attention_mask[..., None]
+        return h.sum(1) / attention_mask.sum(1, keepdim=True)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        h = self.words(input_ids) * attention_mask[..., None]
-        return self.out(h.sum(1) / attention_mask.sum(1, keepdim=True))
+    return randomised(Made(run, words=nn.Embedding(9, 4), out=nn.Linear(4, 3)))
 
 
 def texts(count: int) -> dict[str, Tensor]:
     return {"input_ids": torch.randint(0, 9, (count, 5)), "attention_mask": torch.ones(count, 5, dtype=torch.long)}
 
 
+def test_gram_matrices_do_not_depend_on_padding():
+    torch.manual_seed(0)
+    model, batch = text_model(), texts(3)
+    padded = {name: F.pad(value, (0, 4)) for name, value in batch.items()}
+    close(gram_matrices(model, padded), gram_matrices(model, batch))
+
+
 def test_fisher_merging_and_regmean_go_by_the_statistics_of_each_task_for_texts_too():
     torch.manual_seed(0)
-    finetuned, inputs = {task: randomised(Text()) for task in "ab"}, {task: texts(70) for task in "ab"}
+    finetuned, inputs = {task: text_model() for task in "ab"}, {task: texts(70) for task in "ab"}
     before, states = copy.deepcopy(finetuned), [model.state_dict() for model in finetuned.values()]
     heads = {"a": nn.Identity(), "b": lambda features: features[:, :2]}
     fishers = [fisher_information(finetuned[t], inputs[t], heads[t]) for t in "ab"]
@@ -305,19 +333,35 @@ def test_fisher_merging_and_regmean_go_by_the_statistics_of_each_task_for_texts_
         same(finetuned[task].state_dict(), before[task].state_dict())
 
 
-# ---- AdaMerging and Concrete masks -----------------------------------------------------------------------------------
+def test_regmean_plus_plus_is_least_squares_on_what_the_merged_blocks_give():
+    torch.manual_seed(0)
+    models = {t: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).double() for t in "ab"}
+    inputs = {t: torch.randn(20, 4).double() for t in "ab"}
+    merged = regmean_plus_plus(models, inputs, alpha=1.0, blocks=r"^\d$")
+    x = inputs
+    for block in "01":
+        thetas = torch.stack([model.get_parameter(f"{block}.weight") for model in models.values()])
+        bias = torch.stack([model.get_parameter(f"{block}.bias") for model in models.values()]).mean(0)
+        weight = least_squares(thetas, torch.stack([x[t].T @ x[t] / 20 for t in "ab"]), alpha=1.0)
+        close(merged[f"{block}.weight"], weight, atol=1e-6)
+        same(merged[f"{block}.bias"], bias)
+        x = {t: F.linear(x[t], weight, bias) for t in "ab"}
+    close(regmean_plus_plus({"a": models["a"]}, {"a": inputs["a"]}, blocks=r"^\d$"), models["a"].state_dict())
+    same(
+        regmean_plus_plus(models, inputs, blocks="none")["0.weight"],
+        (models["a"][0].weight + models["b"][0].weight) / 2,
+    )
 
 
-def ada_merging(models: list[nn.Module], **options) -> AdaMerging:
-    return AdaMerging(models[0], vectors_of(models), **options)
+# ---- AdaMerging, Concrete masks, AdaRank -----------------------------------------------------------------------------
 
 
-def concrete(models: list[nn.Module]) -> ConcreteMask:
-    return ConcreteMask(models[0], vectors_of(models))
+def merging(kind: type[AdaMerging], models: list[nn.Module], **options) -> AdaMerging:
+    return kind(models[0], dict(enumerate(vectors_of(models))), **options)
 
 
-def ada_rank(models: list[nn.Module]) -> AdaRank:
-    return AdaRank(models[0], vectors_of(models))
+ada_merging, concrete, ada_rank = (partial(merging, kind) for kind in (AdaMerging, ConcreteMask, AdaRank))
+task_wise = partial(ada_merging, layer_wise=False)
 
 
 def layers(count: int, seed: int = 0) -> list[nn.Module]:
@@ -343,19 +387,21 @@ def with_entries(model: nn.Module, entries: dict[str, Tensor]) -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize("merging", [ada_merging, task_wise, concrete, ada_rank])
 @properties
-@given(st.booleans(), task_numbers, st.floats(0, 1), seeds)
-def test_adamerging_starts_as_task_arithmetic(layer_wise, tasks, lam, seed):
+@given(task_numbers, st.floats(0, 1), seeds)
+def test_every_merging_starts_as_task_arithmetic(merging, tasks, lam, seed):
     torch.manual_seed(seed)
     models = [nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)) for _ in range(tasks + 1)]
     for model in models:
         model(torch.randn(8, 3))  # running means: task vectors have them too
-    vectors = vectors_of(models)
-    model = AdaMerging(models[0], dict(enumerate(vectors)), layer_wise=layer_wise, init_lambda=lam)
-    assert model.lam.shape == (8 if layer_wise else 1, tasks)
-    expected = task_arithmetic(models[0], vectors, lam)
-    assert expected.keys() - model.merged().keys() == {"1.num_batches_tracked"}
-    close({**expected, **model.merged()}, expected)
+    model = merging(models, **{"scaling" if merging is concrete else "init_lambda": lam})
+    assert model.lam.shape == (8 if merging in (ada_merging, ada_rank) else 1, tasks)
+    expected = task_arithmetic(models[0], vectors_of(models), lam)
+    with torch.no_grad():
+        merged = model.merged()
+    assert expected.keys() - merged.keys() == {"1.num_batches_tracked"}
+    close({**expected, **merged}, expected)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -370,7 +416,7 @@ def test_lambda_is_clamped_to_the_unit_interval_in_use(training):
     model(x).square().sum().backward()
     outside = (model.lam < 0) | (model.lam > 1)
     assert outside.any() and not model.lam.grad[outside].any() and model.lam.grad[~outside].all()
-    free = ada_merging(models, layer_wise=False, init_lambda=-0.5, clamp=False).train(training)
+    free = task_wise(models, init_lambda=-0.5, clamp=False).train(training)
     close({**models[0].state_dict(), **free.merged()}, task_arithmetic(models[0], vectors_of(models), -0.5))
 
 
@@ -379,7 +425,7 @@ def test_lambda_is_clamped_to_the_unit_interval_in_use(training):
 @given(task_numbers, seeds)
 def test_constant_routers_are_adamerging_of_the_whole_or_where_a_module_has_one_lambda(layer_wise, tasks, seed):
     models = layers(tasks + 1, seed)
-    merging = ada_merging(models, layer_wise=layer_wise)
+    merging = ada_merging(models) if layer_wise else task_wise(models)
     mixture = upscale(models[0], models[1:], router_depth=0, modules=leaves if layer_wise else whole)
     # The places of each module's parameters among all.
     rows = [(0, 1), (2, 3), (4, 5), (6,), (7,), (8,)] if layer_wise else [(0,)]
@@ -436,22 +482,22 @@ def test_in_any_module_a_merging_is_its_merged_weights_and_changes_nothing(name,
     assert trained(models[0]).keys() == learnable
 
 
-class Checkpointed(nn.Module):
-    def __init__(self, kind: bool | None):
-        super().__init__()
-        self.first, self.second, self.kind = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), kind
-        self.second[0].weight = self.first.weight
+def checkpointed(self: Made, x: Tensor) -> Tensor:
+    h = self.first(x)
+    return self.second(h) if self.kind is None else checkpoint(self.second, h, use_reentrant=self.kind)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        return self.second(x) if self.kind is None else checkpoint(self.second, x, use_reentrant=self.kind)
+
+def tied_layers() -> Made:
+    first, second = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    second[0].weight = first.weight
+    return Made(checkpointed, first=first, second=second, kind=None)
 
 
 @pytest.mark.parametrize("merging", [ada_merging, concrete])
 @pytest.mark.parametrize("kind", [True, False])
 def test_checkpoints_in_the_model_change_no_gradient(kind, merging):
     torch.manual_seed(0)
-    models, x = [randomised(Checkpointed(None)).eval() for _ in range(3)], torch.randn(5, 4)
+    models, x = [randomised(tied_layers()).eval() for _ in range(3)], torch.randn(5, 4)
     results = []
     for models[0].kind in (None, kind):
         model = merging(models)
@@ -463,7 +509,7 @@ def test_checkpoints_in_the_model_change_no_gradient(kind, merging):
     close(*results, atol=1e-4)
 
 
-@pytest.mark.parametrize("merging", [ada_merging, partial(ada_merging, layer_wise=False), concrete, ada_rank])
+@pytest.mark.parametrize("merging", [ada_merging, task_wise, concrete, ada_rank])
 def test_adapt_trains_lambda_or_the_mask_and_nothing_else(merging):
     torch.manual_seed(0)
     models = [Transformer() for _ in range(3)]
@@ -494,19 +540,15 @@ def test_a_merging_in_another_type_or_of_another_seed_takes_the_state_of_the_fir
         torch.testing.assert_close(model(x).float(), y, atol=0.05, rtol=0.05)
 
 
-def test_a_concrete_mask_starts_as_task_arithmetic_and_is_drawn_anew_in_training():
+def test_a_concrete_mask_has_a_mean_of_one_and_is_drawn_anew_in_training():
     models = layers(3)
     model, x = concrete(models), torch.randn(5, 4)
-    merged = task_arithmetic(models[0], vectors_of(models), 0.3)
     with torch.no_grad():
-        close(model.merged(), merged)
-        close(model(x), functional_call(models[0], merged, (x,)))
-        for name, logits in trained(model).items():
-            model.get_parameter(name).copy_(torch.randn_like(logits))
-        for mask, logits in zip(model.masks().values(), trained(model).values(), strict=True):
+        randomised(model.x, 1.0)
+        masks, vectors = model.masks(), vectors_of(models)
+        for mask, logits in zip(masks.values(), trained(model).values(), strict=True):
             close(mask, torch.sigmoid(2 * logits) / torch.sigmoid(2 * logits).mean())
         same(model(x), model(x))
-        masks, vectors = model.masks(), vectors_of(models)
         masked = [{name: masks[name] * entry for name, entry in tau.items()} for tau in vectors]
         close(model.merged(), task_arithmetic(models[0], masked, 0.3))
     draws = [model.masks() for _ in range(2)]
@@ -515,6 +557,27 @@ def test_a_concrete_mask_starts_as_task_arithmetic_and_is_drawn_anew_in_training
         for masks in draws:
             assert masks[name].min() >= 0 and masks[name].mean().item() == pytest.approx(1)
     assert not torch.equal(model(x), model(x))
+
+
+def test_adarank_leaves_out_what_its_mask_does():
+    models, x = layers(3), torch.randn(5, 4)
+    model = ada_rank(models)
+    masked = vectors_of(models)
+    for name, i in model.entries.items():
+        if str(i) in model.x:
+            model.x[str(i)].data[:, 1:] = -1e-3  # but the first
+            for tau in masked:
+                u, s, v = torch.linalg.svd(tau[name], full_matrices=False)
+                tau[name] = s[0] * u[:, :1] @ v[:1]
+    model.lam.data.uniform_(-1, 3)  # not clamped
+    with torch.no_grad():
+        merged = model.merged()
+        for row, name in enumerate(merged):
+            tau = sum(lam * tau[name] for lam, tau in zip(model.lam[row], masked))
+            close(merged[name], models[0].state_dict()[name] + tau)
+        close(model(x), with_entries(models[0], merged)(x))
+    model(x).square().sum().backward()
+    assert all(p.grad.any() for p in trained_parameters(model))
 
 
 # ---- Sparse and low-rank task vectors, E-WEMoE -----------------------------------------------------------------------
@@ -544,51 +607,42 @@ def linear_parts(module: nn.Module) -> dict[str, nn.Module]:
     return {n: part for n, part in module.pretrained.named_modules() if isinstance(part, wemoe.MergedLinear)}
 
 
-def trained_to_what_is_stored(module: WEMoE, pretrained: nn.Module, finetuned: list[nn.Module]) -> list[nn.Module]:
-    """The fine-tuned models whose task vectors are exactly those that the module's linear layers have."""
-    models = copy.deepcopy(finetuned)
-    for name, part in linear_parts(module).items():
-        for model, tau in zip(models, part.tau(0)):
-            model.get_submodule(name).weight.data = pretrained.get_submodule(name).weight.data + tau
-    return models
-
-
 @properties
 @given(kinds, task_numbers, batch_sizes, axes, drawn_layers, st.sampled_from([1, 99, 9999]), seeds)
 def test_every_form_is_the_dense_module_of_its_own_task_vectors(kind, tasks, batch, tokens, layer, tile, seed):
     pretrained, finetuned = family(kind, 4, tasks, seed)
     router, x = randomised(Router(4, tasks)), torch.randn(batch, *tokens, 4)
-    module = WEMoE(pretrained, finetuned, router, layer=layer)
-    dense = WEMoE(pretrained, trained_to_what_is_stored(module, pretrained, finetuned), router)
+    module, dense = WEMoE(pretrained, finetuned, router, layer=layer), WEMoE(pretrained, finetuned, router)
+    for name, part in linear_parts(module).items():
+        linear_parts(dense)[name].tau(0).copy_(part.tau(0))
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setitem(wemoe._TILE, "cpu", tile)
-        for ours, theirs in zip(output_and_gradients(module, x), output_and_gradients(dense, x), strict=True):
-            close(ours, theirs, atol=1e-3)
+        close(output_and_gradients(module, x), output_and_gradients(dense, x), atol=1e-3)
+
+
+def stored_and_whole(kind: str, tasks: int, seed: int, layer: Callable) -> Iterator[tuple[Tensor, Tensor]]:
+    """What the linear layers have of each task vector's matrix, and all of it."""
+    pretrained, finetuned = family(kind, 4, tasks, seed)
+    for name, part in linear_parts(WEMoE(pretrained, finetuned, Router(4, tasks), layer=layer)).items():
+        for tau, model in zip(part.tau(0), finetuned):
+            yield tau, (model.get_submodule(name).weight - pretrained.get_submodule(name).weight).detach()
 
 
 @properties
 @given(kinds, task_numbers, st.sampled_from([0.01, 0.3, 0.7, 1.0]), seeds)
 def test_the_largest_entries_of_each_matrix_and_task_are_kept(kind, tasks, keep, seed):
-    pretrained, finetuned = family(kind, 4, tasks, seed)
-    module = WEMoE(pretrained, finetuned, Router(4, tasks), layer=partial(SparseLinear, keep=keep))
-    for name, part in linear_parts(module).items():
-        for tau, model in zip(part.tau(0), finetuned):
-            expected = model.get_submodule(name).weight - pretrained.get_submodule(name).weight
-            same(tau, trim({"": expected.detach()}, keep)[""])
+    for sparse, tau in stored_and_whole(kind, tasks, seed, partial(SparseLinear, keep=keep)):
+        same(sparse, trim({"": tau}, keep)[""])
 
 
 @properties
 @given(kinds, task_numbers, st.integers(1, 4), seeds)
 def test_truncated_matrices_are_the_best_of_their_rank(kind, tasks, rank, seed):
     """Eckart and Young: what is left over has the other singular values, and no matrix of the rank leaves less."""
-    pretrained, finetuned = family(kind, 4, tasks, seed)
-    module = WEMoE(pretrained, finetuned, Router(4, tasks), layer=partial(LowRankLinear, rank=rank))
-    for name, part in linear_parts(module).items():
-        for truncated, model in zip(part.tau(0), finetuned):
-            tau = model.get_submodule(name).weight - pretrained.get_submodule(name).weight
-            left = torch.linalg.svdvals(tau)[rank:]
-            close(torch.linalg.svdvals(tau - truncated)[: len(left)], left, atol=1e-4)
-            assert torch.linalg.matrix_rank(truncated, rtol=1e-4) <= rank
+    for truncated, tau in stored_and_whole(kind, tasks, seed, partial(LowRankLinear, rank=rank)):
+        left = torch.linalg.svdvals(tau)[rank:]
+        close(torch.linalg.svdvals(tau - truncated)[: len(left)], left, atol=1e-4)
+        assert torch.linalg.matrix_rank(truncated, rtol=1e-4) <= rank
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
@@ -671,45 +725,25 @@ def test_a_whole_transformer_with_one_router_or_many(layer):
     same(copied(x), y)
 
 
-def test_the_weights_of_a_shared_router_are_those_of_each_module():
-    torch.manual_seed(0)
-    models = [nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)) for _ in range(3)]
-    model, x = share_router(upscale(models[0], models[1:], modules="0|2")), torch.randn(5, 4)
-    randomised(router := model[0].router)
-    with routing_weights(model) as weights:
-        model(x)
-    close(weights["0"], router(x))
-    close(weights["2"], router(model[1](model[0](x))))
-    assert sum(p.numel() for p in trained_parameters(model)) == 4 * 4 + 4 + 2 * 4 + 2  # one router's
-
-
 @properties
-@given(st.sampled_from([1, 2]), task_numbers, batch_sizes, seeds)
+@given(st.sampled_from([0, 1, 2]), task_numbers, batch_sizes, seeds)
 def test_averaged_over_the_batch_all_samples_have_the_mean_of_their_routing_weights(depth, tasks, batch, seed):
     """So a batch runs through one merged model, a sample alone runs as before, and the routers learn."""
-    torch.manual_seed(seed)
-    models, x = (
-        [nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)) for _ in range(tasks + 1)],
-        torch.randn(batch, 3, 4),
-    )
-    single = upscale(models[0], models[1:], modules=whole, router_depth=depth)
+    pretrained, finetuned = family("plain", 4, tasks, seed)
+    x, single = torch.randn(batch, 3, 4), upscale(pretrained, finetuned, modules=whole, router_depth=depth)
     randomised(single.router)
     model = average_over_batch(copy.deepcopy(single))
     with routing_weights(single) as own, routing_weights(model) as shared:
         alone, y = single(x), model(x)
     lam = own[""].mean(0)
     close(shared[""], lam.expand(batch, -1))
-    close(y, with_entries(models[0], task_arithmetic(models[0], vectors_of(models), lam.tolist()))(x), atol=1e-4)
+    merged = task_arithmetic(pretrained, vectors_of([pretrained, *finetuned]), lam.tolist())
+    close(y, with_entries(pretrained, merged)(x), atol=1e-4)
     close(torch.cat([model(sample) for sample in x.split(1)]), alone, atol=1e-4)
     y.square().sum().backward()
-    assert sum(p.grad is not None for p in model.router.parameters()) == 2 * depth
-
-
-def test_constant_routers_have_nothing_to_average():
-    models = layers(3)
-    model = average_over_batch(upscale(models[0], models[1:], modules=whole, router_depth=0))
-    assert isinstance(model.router, Router)
-    wemoe.unload(model)
+    assert [p.grad is not None for p in model.router.parameters()] == [True] * (2 * depth or 1)
+    if depth == 0:  # nothing to average
+        close(wemoe.unload(model)(x), y)
 
 
 # ---- Twin-Merging, ensembles -----------------------------------------------------------------------------------------
@@ -721,21 +755,20 @@ def fine_tuned_inside(tasks: int) -> tuple[nn.Module, dict[str, nn.Module], dict
     """Models that differ only in their blocks, and inputs that anyone can tell apart."""
     torch.manual_seed(0)
     pretrained = Transformer()
-    finetuned = {str(t): copy.deepcopy(pretrained) for t in range(tasks)}
-    for model in finetuned.values():
-        randomised(model.blocks, 0.3)
-    return pretrained, finetuned, {str(t): torch.randn(8, 2, 3) + 9 * torch.eye(3)[t] for t in range(tasks)}
+    finetuned = {str(t): model for t, model in enumerate(varied(pretrained, lambda name: name == "blocks", tasks))}
+    return pretrained, finetuned, {task: torch.randn(8, 2, 3) + 9 * torch.eye(3)[t] for t, task in enumerate(finetuned)}
 
 
 @pytest.mark.parametrize("rank", [1, 99])
 def test_twin_merging_takes_what_is_an_inputs_own_and_at_full_rank_that_is_its_expert(rank):
     pretrained, finetuned, inputs = fine_tuned_inside(3)
-    before = copy.deepcopy([pretrained, *finetuned.values()])
+    models = [pretrained, *finetuned.values()]
+    before = copy.deepcopy(models)
     model = twin_merging(pretrained, finetuned, inputs, rank=rank, steps=100, modules=OWN)
     x = torch.cat(list(inputs.values()))
     labels = torch.arange(3).repeat_interleave(8)
     assert torch.equal(model.task_weights(x).argmax(-1), labels)
-    shared = with_entries(pretrained, task_arithmetic(pretrained, vectors_of([pretrained, *finetuned.values()]), 0.3))
+    shared = with_entries(pretrained, task_arithmetic(pretrained, vectors_of(models), 0.3))
     features = F.normalize(shared(x), dim=-1) * 5**0.5
     close(model.features(x), features)
     with routing_weights(model) as weights:
@@ -744,29 +777,29 @@ def test_twin_merging_takes_what_is_an_inputs_own_and_at_full_rank_that_is_its_e
     for lam in weights.values():  # computed once
         close(lam, model.classifier(features).softmax(-1))
         close(lam.sum(1), torch.ones(len(x)))
-    for name, lam in {"shared": torch.zeros(1, 3), "own": torch.eye(3)[labels]}.items():
-        with model.routed_by(lam):
-            routed = model.model(x)
-        if name == "shared":
-            close(routed, shared(x), atol=1e-4)
-        elif rank == 99:
-            close(routed, torch.cat([finetuned[t](inputs[t]) for t in inputs]), atol=1e-4)
-        else:  # of the attention, too, only matrices of rank 1
-            (tau, *_) = model.model.blocks[0]["attn"].pretrained.tau_0
-            assert torch.linalg.matrix_rank(tau, rtol=1e-4) == 1
+    with model.routed_by(torch.zeros(1, 3)):
+        close(model.model(x), shared(x), atol=1e-4)
+    if rank == 99:
+        with model.routed_by(torch.eye(3)[labels]):
+            close(model.model(x), torch.cat([finetuned[t](inputs[t]) for t in inputs]), atol=1e-4)
+    else:  # of the attention, too, only matrices of rank 1
+        (tau, *_) = model.model.blocks[0]["attn"].pretrained.tau(0)
+        assert torch.linalg.matrix_rank(tau, rtol=1e-4) == 1
     assert trained(model).keys() == {"classifier.weight", "classifier.bias"}
     same(copy.deepcopy(model)(x), y)
     same(torch.cat([model(part) for part in x.split(1)]).round(decimals=3), y.round(decimals=3))
-    for model, kept in zip([pretrained, *finetuned.values()], before):
-        same(model.state_dict(), kept.state_dict())
+    for dense, kept in zip(models, before):
+        same(dense.state_dict(), kept.state_dict())
     with pytest.raises(ValueError, match="routers of depth 0"):
-        wemoe.unload(twin_merging(pretrained, finetuned, inputs, steps=1, modules=OWN))
+        wemoe.unload(model)
+    with pytest.raises(RuntimeError, match="in a forward pass of the whole"):
+        model.model(x)
 
 
 @pytest.mark.parametrize("features", [None, lambda model, batch: model(**batch)[:, :2]])
 def test_twin_merging_of_texts_with_features_of_ones_own(features):
     torch.manual_seed(0)
-    pretrained, *finetuned = (randomised(Text()) for _ in range(3))
+    pretrained, *finetuned = (text_model() for _ in range(3))
     finetuned, inputs = dict(zip("ab", finetuned)), {task: texts(4) for task in "ab"}
     model = twin_merging(pretrained, finetuned, inputs, modules="words|out", steps=1, rank=99, features=features)
     assert model.classifier.in_features == (3 if features is None else 2)
@@ -789,39 +822,10 @@ def test_an_ensemble_averages_logits_and_a_model_alone_decides_as_before():
 
 # ---- By singular values: TSV-M, Iso, WUDI ----------------------------------------------------------------------------
 
-BY_MATRIX = {"TSV-M": tsv_merge, "Iso-C": iso_c, "Iso-CTS": iso_cts, "WUDI": partial(wudi, steps=20, lr=0.01)}
-every_rule = pytest.mark.parametrize("rule", BY_MATRIX.values(), ids=list(BY_MATRIX))
-
 
 def matrices(count: int, seed: int, *shape: int) -> list[dict[str, Tensor]]:
     torch.manual_seed(seed)
     return [{"w": torch.randn(*shape).double()} for _ in range(count)]
-
-
-@every_rule
-@properties
-@given(st.integers(1, 5), st.sampled_from([(6, 9), (9, 6), (4, 4)]), st.randoms(), seeds)
-def test_matrices_are_merged_in_any_order_and_all_else_is_averaged(rule, tasks, shape, random, seed):
-    taus = matrices(tasks, seed, *shape)
-    for tau in taus:
-        tau.update(bias=torch.randn(3), kernel=torch.randn(2, 3, 2, 2).half(), running_mean=torch.randn(()))
-    before, merged = copy.deepcopy(taus), rule(taus)
-    close(rule(dict(enumerate(random.sample(taus, tasks)))), merged, atol=1e-3)
-    same(taus, before)
-    for name in ("bias", "kernel", "running_mean"):
-        close(merged[name].float(), torch.stack([tau[name].float() for tau in taus]).mean(0), atol=1e-3)
-        assert merged[name].dtype == taus[0][name].dtype
-    assert merged["w"].dtype == torch.float64 and not merged["w"].requires_grad
-
-
-@pytest.mark.parametrize(
-    "rule", [tsv_merge, BY_MATRIX["WUDI"], partial(consensus, least=1), lambda taus: tall_masks(taus)[0]]
-)
-@properties
-@given(seeds)
-def test_a_task_alone_is_recovered_whatever_its_rank(rule, seed):
-    (tau,) = matrices(1, seed, 6, 4)
-    close(rule([tau])["w"], tau["w"], atol=1e-9)
 
 
 @pytest.mark.parametrize("rule, atol", [(tsv_merge, 1e-9), (partial(wudi, steps=20), 3e-4)])
@@ -876,54 +880,6 @@ def test_tall_masks_and_their_consensus_by_hand():
     same(consensus(taus, 0.5, least=1), unified)
 
 
-# ---- RegMean++ -------------------------------------------------------------------------------------------------------
-
-
-def test_regmean_plus_plus_is_least_squares_on_what_the_merged_blocks_give():
-    torch.manual_seed(0)
-    models = {t: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).double() for t in "ab"}
-    inputs = {t: torch.randn(20, 4).double() for t in "ab"}
-    merged = regmean_plus_plus(models, inputs, alpha=1.0, blocks=r"^\d$")
-    x = inputs
-    for block in "01":
-        thetas = torch.stack([model.get_parameter(f"{block}.weight") for model in models.values()])
-        bias = torch.stack([model.get_parameter(f"{block}.bias") for model in models.values()]).mean(0)
-        weight = least_squares(thetas, torch.stack([x[t].T @ x[t] / 20 for t in "ab"]), alpha=1.0)
-        close(merged[f"{block}.weight"], weight, atol=1e-6)
-        same(merged[f"{block}.bias"], bias)
-        x = {t: F.linear(x[t], weight, bias) for t in "ab"}
-    close(regmean_plus_plus({"a": models["a"]}, {"a": inputs["a"]}, blocks=r"^\d$"), models["a"].state_dict())
-    same(
-        regmean_plus_plus(models, inputs, blocks="none")["0.weight"],
-        (models["a"][0].weight + models["b"][0].weight) / 2,
-    )
-
-
-# ---- AdaRank ---------------------------------------------------------------------------------------------------------
-
-
-def test_adarank_starts_as_task_arithmetic_and_leaves_out_what_its_mask_does():
-    models, x = layers(3), torch.randn(5, 4)
-    model = ada_rank(models)
-    close(model.merged(), task_arithmetic(models[0], vectors_of(models), 0.3))
-    masked = vectors_of(models)
-    for name, i in model.entries.items():
-        if str(i) in model.x:
-            model.x[str(i)].data[:, 1:] = -1e-3  # but the first
-            for tau in masked:
-                u, s, v = torch.linalg.svd(tau[name], full_matrices=False)
-                tau[name] = s[0] * u[:, :1] @ v[:1]
-    model.lam.data.uniform_(-1, 3)  # not clamped
-    with torch.no_grad():
-        merged = model.merged()
-        for row, name in enumerate(merged):
-            tau = sum(lam * tau[name] for lam, tau in zip(model.lam[row], masked))
-            close(merged[name], models[0].state_dict()[name] + tau)
-        close(model(x), with_entries(models[0], merged)(x))
-    model(x).square().sum().backward()
-    assert all(p.grad.any() for p in trained_parameters(model))
-
-
 # ---- Routed without training: SMILE, MASS ----------------------------------------------------------------------------
 
 
@@ -931,12 +887,7 @@ def towers(tasks: int) -> tuple[nn.Module, list[nn.Module]]:
     """Vision transformers that differ in their linear layers only, attention's too."""
     torch.manual_seed(0)
     pretrained = open_clip.transformer.VisionTransformer(8, 4, 8, 3, 2, 2, output_dim=4).eval().requires_grad_(False)
-    finetuned = [copy.deepcopy(pretrained) for _ in range(tasks)]
-    for model in finetuned:
-        for name, p in model.named_parameters():
-            if re.search(r"resblocks.*(attn|mlp).*(weight|bias)$", name):
-                p += 0.3 * torch.randn_like(p)
-    return pretrained, finetuned
+    return pretrained, varied(pretrained, re.compile(r"resblocks.*(attn|mlp)$").search, tasks)
 
 
 GATE = "transformer.resblocks.1.mlp.c_fc"
@@ -969,6 +920,7 @@ def test_in_smile_each_token_has_the_expert_in_whose_directions_it_lies():
         close(model(x)[..., 0, :], experts[0](tokens[0]).expand_as(model(x)[..., 0, :]))
         close(model(x)[..., 1, :], experts[1](tokens[1]).expand_as(model(x)[..., 1, :]))
     close(model.task_weights(tokens.expand(3, 2, 4)), torch.full((3, 2), 0.5))
+    close(model.task_weights(tokens), torch.eye(2))  # a sample may be one token
     same(copy.deepcopy(model)(tokens), model(tokens))
 
 
@@ -993,23 +945,7 @@ def test_mass_prefers_the_task_in_whose_directions_a_token_lies():
     close(model.task_weights(inside[:, :1]).argmax(1), torch.arange(2))  # a token each, in the span of its task
 
 
-# ---- Degenerate task vectors, and errors -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", DEGENERATE)
-def test_degenerate_task_vectors_give_finite_merges(name):
-    pretrained, states = degenerate(name)
-    vectors = [task_vector(pretrained, state) for state in states]
-    unified, _, rescalers = emr(vectors)
-    assert all(math.isfinite(value) for value in rescalers)
-    merged = [ties(vectors), ties(vectors, merge="mean"), *trim_and_elect(vectors), unified, trim(vectors[0])]
-    merged += [rule(vectors) for rule in (*BY_MATRIX.values(), consensus)]
-    for merging in (AdaMerging, ConcreteMask, AdaRank):
-        merged.append(merging(pretrained, vectors).merged())
-    for tau in merged:
-        assert all(p.isfinite().all() for p in tau.values())
-    if name in ("zero", "identical"):
-        close(ties(vectors, keep=1.0, merge="mean"), vectors[0])
+# ---- Errors ----------------------------------------------------------------------------------------------------------
 
 
 LINEAR = nn.Linear(2, 2)
@@ -1026,6 +962,10 @@ def two_sizes() -> nn.Module:
     return upscale(model, [copy.deepcopy(model)], modules=r"^0\.blocks\.0\.mlp$|^2\.blocks\.0\.mlp$")
 
 
+def with_layer(layer: Callable) -> WEMoE:
+    return WEMoE(LINEAR, [LINEAR], Router(2, 1), layer=layer)
+
+
 ERRORS = {
     "up to 1, got keep=0": lambda: trim(vector(1.0), 0),
     "up to 1, got keep=nan": lambda: ties([vector(1.0)], math.nan),
@@ -1033,14 +973,11 @@ ERRORS = {
     "'b' is in a task vector alone": lambda: ties([vector(1.0), vector(1.0) | {"b": LINEAR.bias}]),
     r"'w' has shape \(2,\) in a task vector, but \(1,\)": lambda: emr([vector(1.0), vector(1.0, 2.0)]),
     "nothing to merge": lambda: ties([]),
-    "nothing to merge: at least one task": lambda: tsv_merge([]),
     "models for .* but inputs or heads for": lambda: regmean_plus_plus({"a": LINEAR}, {}),
     "rank of at least 1, got rank=-1": lambda: Smile(LINEAR, [LINEAR], rank=-1),
     "nothing to merge: at least one": lambda: AdaMerging(LINEAR, []),
-    "up to 1, got keep=1.5": lambda: WEMoE(LINEAR, [LINEAR], Router(2, 1), layer=partial(SparseLinear, keep=1.5)),
-    "rank of at least 1, got rank=0": lambda: WEMoE(
-        LINEAR, [LINEAR], Router(2, 1), layer=partial(LowRankLinear, rank=0)
-    ),
+    "up to 1, got keep=1.5": lambda: with_layer(partial(SparseLinear, keep=1.5)),
+    "rank of at least 1, got rank=0": lambda: with_layer(partial(LowRankLinear, rank=0)),
     r"one hidden size, found 4 \('0.blocks.0.mlp'\) and 6 \('2.blocks.0.mlp'\)": lambda: share_router(two_sizes()),
     "one hidden size, found no routed module": lambda: share_router(nn.Linear(2, 2)),
     "'weight' is in the pre-trained model alone": lambda: AdaMerging(LINEAR, [{"bias": LINEAR.bias}]),
@@ -1066,13 +1003,6 @@ ERRORS = {
 def test_errors_name_what_is_wrong(message):
     with pytest.raises(ValueError, match=message):
         ERRORS[message]()
-
-
-def test_a_module_of_twin_merging_does_not_run_alone():
-    pretrained, finetuned, inputs = fine_tuned_inside(2)
-    model = twin_merging(pretrained, finetuned, inputs, steps=1, modules=OWN)
-    with pytest.raises(RuntimeError, match="in a forward pass of the whole"):
-        model.model(inputs["0"])
 
 
 def test_baselines_needs_nothing_but_torch_and_wemoe():
@@ -1109,11 +1039,8 @@ def test_without_the_task_an_image_needs_the_right_head_and_the_right_class():
     options["adaptation"] = Adaptation(*[1] * 6)
     suite = Suite(device=torch.device("cpu"), precision="float32", heads=heads, test=test, **options)
     suite.experts = {"a": Answers(), "b": Answers()}
-    expected = {
-        "entropy": {
-            "a": 50.0,
-            "b": 100.0,
-        },  # of the first task the third has the wrong head, the fourth the wrong class
+    expected = {  # of the first task the third has the wrong head, the fourth the wrong class
+        "entropy": {"a": 50.0, "b": 100.0},
         "routing": {"a": 50.0, "b": 50.0},  # and here the second has the wrong head
         "logit": {"a": 75.0, "b": 50.0},  # the other head's weight being zero, the third has the right one
     }

@@ -64,9 +64,7 @@ def digest(*tensors: Tensor) -> str:
     return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()[:16]
 
 
-# ------------------------------------------------------------------------------------------
-# Pictures, tokens and heads
-# ------------------------------------------------------------------------------------------
+# ---- Pictures, tokens and heads --------------------------------------------------------------------------------------
 
 DIGESTS = (
     "0295e0b8f6317a43 27299cd5ae159897 bda4b1310eb78e4f 40c2764e1ce09c86"
@@ -146,9 +144,7 @@ def test_pretraining_trains_both_towers_and_writes_the_same_checkpoint_again(tmp
     assert not any(torch.equal(states[0][name], untrained[name]) for name in ("visual.proj", "text_projection"))
 
 
-# ------------------------------------------------------------------------------------------
-# Corruptions
-# ------------------------------------------------------------------------------------------
+# ---- Corruptions -----------------------------------------------------------------------------------------------------
 
 
 @every_corruption
@@ -231,17 +227,11 @@ def test_jpeg_is_pillows(pictures):
         assert np.array_equal(np.asarray(Image.open(file)), spoiled.permute(1, 2, 0).numpy())
 
 
-# ------------------------------------------------------------------------------------------
-# Bad input
-# ------------------------------------------------------------------------------------------
+# ---- Bad input -------------------------------------------------------------------------------------------------------
 
 BLACK = plain(0, 1, 3, 8, 8)
 BAD_INPUTS = [
-    (
-        render,
-        ("Weather", "test", 1, 0),
-        "no images for task 'Weather', split 'test': tasks are Scenes, .*, FalseColours",
-    ),
+    (render, ("Weather", "test", 1, 0), "no images for task 'Weather', split 'test': tasks are Scenes, .*FalseColours"),
     (render, ("Scenes", "nights", 1, 0), "task 'Scenes', split 'nights': tasks are .*; splits train, test, web"),
     (corrupt, (BLACK, "fog"), "no corruption 'fog' of severity 5: corruptions are motion_blur, .* 1, 2, 3, 4, 5"),
     (corrupt, (BLACK, "contrast", 6), "no corruption 'contrast' of severity 6"),
