@@ -331,13 +331,13 @@ def test_layers_of_every_kind_are_merged_before_anything_is_computed_from_them(k
         assert module.training == module.pretrained.training == pretrained.training
     module.routing.register_forward_hook(lambda *_: LAM)  # a hook may give each sample a λ of its own
     close(module(X), literal(copy.deepcopy(pretrained).eval(), finetuned, LAM, X), 1e-4)
-    plain = unload(module)  # the constant one is merged for good
-    close(plain.eval()(X), y, 1e-4)
-    assert plain.state_dict().keys() == pretrained.state_dict().keys()
-    assert [type(part) for part in plain.modules()] == [type(part) for part in pretrained.modules()]
-    assert all(len(part._forward_hooks) == 1 for part in plain.modules())
+    dense = unload(module)  # the constant one is merged for good
+    close(dense.eval()(X), y, 1e-4)
+    assert dense.state_dict().keys() == pretrained.state_dict().keys()
+    assert [type(part) for part in dense.modules()] == [type(part) for part in pretrained.modules()]
+    assert all(len(part._forward_hooks) == 1 for part in dense.modules())
     same(module.state_dict(), before)
-    assert not any(isinstance(p, nn.Parameter) for p in plain.buffers())
+    assert not any(isinstance(p, nn.Parameter) for p in dense.buffers())
 
 
 def test_tiles_of_rows_and_samples_cover_everything():
@@ -930,9 +930,10 @@ def test_modules_of_the_common_libraries_are_found_and_recovered_by_one_hot_rout
     torch.manual_seed(0)
     pretrained = randomised(make().eval())
     finetuned = [copy.deepcopy(pretrained) for _ in range(2)]
-    for name, module in (named for model in finetuned for named in model.named_modules()):
-        if re.search(chosen, name):
-            randomised(module, 0.3)
+    for one in finetuned:
+        for name, module in one.named_modules():
+            if re.search(chosen, name):
+                randomised(module, 0.3)
     model = upscale(pretrained, finetuned, modules=modules)
     found = list(routed(model))
     assert len(found) == choices[modules] and all(re.search(chosen, name) for name in found)
