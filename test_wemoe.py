@@ -297,8 +297,8 @@ def scaled(fc: nn.Module, scale: Tensor) -> Made:
 weight_norm, orthogonal = nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal
 LAYERS = {  # of every kind: those that hold weights by themselves, and those whose weights are computed
     "tied": tied,
-    "normed": Normed,
-    "normed, evaluated": lambda: Normed().eval(),
+    "batch norm": Normed,
+    "batch norm, evaluated": lambda: Normed().eval(),
     "a buffer that is trained": lambda: scaled(nn.Linear(4, 4), torch.randn(4)),
     "convolution": lambda: nn.Sequential(nn.Conv1d(5, 4, 3), nn.GroupNorm(2, 4), nn.Conv1d(4, 2, 1)),
     "activation": lambda: nn.Sequential(nn.Linear(4, 4), nn.PReLU(), nn.RMSNorm(4)),
@@ -1023,7 +1023,6 @@ def test_generation_is_the_same_with_and_without_a_cache_alone_and_in_a_padded_b
 
 
 # ---- Known defects: each of these tests says when its defect is gone -------------------------------------------------
-
 
 fails = partial(pytest.mark.xfail, strict=True)
 
