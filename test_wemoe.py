@@ -529,7 +529,8 @@ def test_upscaled_models_start_from_task_arithmetic_and_everything_else_stays_th
     pretrained, *finetuned = (Transformer() for _ in range(tasks + 1))
     merged = task_arithmetic(pretrained, [task_vector(pretrained, model) for model in finetuned], lam)
     before = copy.deepcopy([model.state_dict() for model in (pretrained, *finetuned)])
-    model = upscale(pretrained, dict(enumerate(finetuned)), init_lambda=lam, router_depth=depth)
+    options = dict(init_lambda=lam, router_depth=depth, modules="mlp")  # of an MLP and the layers in it, the outermost
+    model = upscale(pretrained, dict(enumerate(finetuned)), **options)
     for name, p in model.named_parameters():
         assert p.requires_grad == (".router." in name)
         if ".router." not in name and ".mlp." not in name:
