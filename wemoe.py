@@ -509,7 +509,7 @@ def _shallow_copy(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.M
 
 
 def _with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of the module, in which tensors are replaced by these."""
+    """A copy of the module, in which tensors are replaced by these. What it stores on itself is gone with it."""
     module = _shallow_copy(module, {})
     for name, p in weights.items():
         path, _, entry = name.rpartition(".")
