@@ -92,6 +92,16 @@ def family(kind: str, size: int, tasks: int, seed: int = 0) -> tuple[nn.Module, 
     return several(lambda: MLPS[kind](size), tasks, seed)
 
 
+def varied(pretrained: nn.Module, chosen, tasks: int = 2) -> list[nn.Module]:
+    """Fine-tuned models that differ from the pre-trained one in the modules with the chosen names."""
+    finetuned = [copy.deepcopy(pretrained) for _ in range(tasks)]
+    for model in finetuned:
+        for name, module in model.named_modules():
+            if chosen(name):
+                randomised(module, 0.3)
+    return finetuned
+
+
 class Made(nn.Module):
     """Layers, parameters and buffers by name, and what a forward pass makes of them and its arguments."""
 
@@ -950,11 +960,7 @@ def test_modules_of_the_common_libraries_are_found_and_recovered_by_one_hot_rout
 
     torch.manual_seed(0)
     pretrained = randomised(make().eval())
-    finetuned = [copy.deepcopy(pretrained) for _ in range(2)]
-    for one in finetuned:
-        for name, module in one.named_modules():
-            if re.search(chosen, name):
-                randomised(module, 0.3)
+    finetuned = varied(pretrained, re.compile(chosen).search)
     model = upscale(pretrained, finetuned, modules=modules)
     found = list(routed(model))
     assert len(found) == choices[modules] and all(re.search(chosen, name) for name in found)

@@ -282,7 +282,7 @@ class ConcreteMask(AdaMerging):
     def __init__(self, pretrained: nn.Module, task_vectors: Vectors, scaling: float = 0.3):
         super().__init__(pretrained, task_vectors, layer_wise=False, init_lambda=scaling)
         self.lam.requires_grad_(False)
-        self.x = nn.ParameterList(torch.zeros_like(self.tau(i)[0]) for i in range(len(self.names)))
+        self.x = nn.ParameterList(torch.zeros_like(self.tau(i)[0]) for i in sorted(set(self.names.values())))
 
     def delta(self, lam: Tensor, i: int) -> Tensor:
         return self.mask(i) * super().delta(lam, i)
@@ -308,7 +308,7 @@ class AdaRank(AdaMerging):
     def __init__(self, pretrained: nn.Module, task_vectors: Vectors, init_lambda: float = 0.3):
         super().__init__(pretrained, task_vectors, init_lambda=init_lambda, clamp=False)
         self.x, self.factors = nn.ParameterDict(), nn.ParameterDict()
-        for i in range(len(self.names)):
+        for i in sorted(set(self.names.values())):
             if self.tau(i).dim() == 3:
                 u, s, v = _svd(self._parameters.pop(f"tau_{i}").detach())
                 self.x[str(i)] = torch.full_like(s, 0.1)  # (T, r): all kept at first
