@@ -22,18 +22,17 @@ The first half of the file is the method. Of the second half, which can be left 
 names tell what they do:
 
     _matching_weights   both models' floating-point tensors by name, or a ValueError
-    _check_…, check_…   refuse what cannot work, in one sentence
-    _live_state, _members       a model's own tensors by name; models that are given in a list or by task
-    by_path             a task vector by attribute paths, from which names in a state dict may differ
+    _check_…, check_…, _finite      refuse what cannot work, in one sentence
+    _live_state, _members           a model's tensors, not copied, by name; models given in a list or by task
+    _part, by_path      the entries of a state dict or a task vector below a name; those by their attributes' paths
     _run_with           runs a shallow copy of a module (tensors are shared), whose merged layers hold λ
-    _begin_pass         refuses what has not B samples; from here on, batch norm uses its running statistics
-    _with_weights       a shallow copy of a layer, with other tensors in it
+    _begin_pass         refuses what has not B samples; in this pass, batch norm uses its running statistics
+    _with_weights       a shallow copy of a layer, with other tensors in it, as functional_call would see it
     _of_sample          the arguments of sample b alone
-    _replace            puts change(part) in a part's place, from the module itself inwards; where it is None, goes on
-                        to the parts of the part
+    _replace            puts change(part) in a part's place, outermost first; where it is None, goes on inside the part
     _swap_hooks         moves hooks from a layer to its wrapper, or back
     _reach_inside       finds in the wrapped module what the wrapper lacks
-    MergedLinear        a MergedLayer that is an nn.Linear, too: the same result for linear layers, faster
+    MergedLinear        a subclass of MergedLayer and nn.Linear: the same result for linear layers, faster
 """
 
 import copy
@@ -140,16 +139,16 @@ class Router(nn.Module):
 class MergedLayer(nn.Module):
     """Any layer, with weights of its own for each sample: merge θ_0 + Σ_t λ_bt τ_t, run sample b, then the next one.
 
-    `layer` holds θ_0, `vectors` are its T task vectors. `lam` stays None here: each forward pass of the WEMoE module
-    around runs in a shallow copy (see _run_with) that holds its λ, so that no later pass overwrites it before the
-    backward pass. This loop over samples is the definition; MergedLinear computes the same faster.
+    `layer` holds θ_0, `vectors` are its T task vectors. `lam` is set only in a copy that is made for one pass
+    (_run_with), so that a forward pass that is run again in the backward pass (activation checkpointing) finds its own.
+    This loop over samples is the definition; MergedLinear computes the same faster.
     """
 
     def __init__(self, layer: nn.Module, vectors: list[dict[str, Tensor]]):
         nn.Module.__init__(self)  # MergedLinear is an nn.Linear, too, whose own __init__ would make new weights
         self.layer, self.training = layer, layer.training
         self.lam: Tensor | None = None  # (B, T), or (1, T) for all samples; set in copies only
-        self.names, taus = _stack(layer, vectors)  # "weight" -> 0: its τ (T, *shape) is tau_0; tied names share one
+        self.names, taus = _stack(layer, vectors)  # name -> i, and tau_i is its τ (T, *shape); tied names share i
         for i, tau in enumerate(taus):  # not as buffers, which DistributedDataParallel would send around
             self.register_parameter(f"tau_{i}", nn.Parameter(tau, requires_grad=False))
         _swap_hooks(self)  # the layer's hooks are to run here, once, and see all samples
@@ -202,9 +201,9 @@ class WEMoE(nn.Module):
     `pretrained` is any module whose first input is a tensor (B, ..., D); `finetuned` are T modules of the same
     structure, or their state dicts. `router` maps that input to λ (B, T), or (1, T) for all samples, and takes the
     keyword `mask` if set_token_mask is used; if it has a `depth` of 0, λ is constant. Only the router is trainable.
-    By default, each nn.Linear in it becomes a MergedLinear, each other part with weights of its own a MergedLayer. As
-    `layer`, another class takes the place of MergedLinear; with MergedLayer, the whole module becomes one, as is needed
-    where it reshapes the batch inside (windows, beams).
+    In the module, each nn.Linear becomes a `layer`, by default a MergedLinear, and any other part with weights of its
+    own a MergedLayer. With `layer=MergedLayer`, the whole module becomes one, as is needed where it reshapes the batch
+    (windows, beams).
     Attributes: `router`, and `pretrained`, the module with merged layers (of θ_0 and all τ) in it.
     Raises ValueError if the modules differ in structure or in number from the routing weights, or if a module cannot
     run with weights from outside.
@@ -223,7 +222,7 @@ class WEMoE(nn.Module):
 
         def merged_layer(part: nn.Module) -> nn.Module | None:
             its_vectors = [_part(vector, path_of[part]) for vector in vectors]
-            if type(part) is nn.Linear and "weight" in its_vectors[0]:  # not one whose weight a hook computes
+            if type(part) is nn.Linear and "weight" in its_vectors[0]:  # an old spectral_norm computes it by a hook
                 return (layer or MergedLinear)(part, its_vectors)
             return MergedLayer(part, its_vectors) if _has_own_weights(part, its_vectors[0]) else None
 
@@ -231,8 +230,8 @@ class WEMoE(nn.Module):
         self.pretrained = MergedLayer(module, vectors) if whole else _replace(module, merged_layer)
         self.router = router
         self.training = pretrained.training
-        self.routing = _Routing()  # the identity; hooks on it record λ, or replace it
-        # Of a text's tokens, (B, N): the model's argument, which goes first; or by set_token_mask.
+        self.routing = _Routing()  # returns its λ; hooks on it record λ, or replace it
+        # Padding masks (B, N) of texts: what the model is called with, or else what set_token_mask is.
         self.attention_mask, self.mask = None, None
 
     def route(self, h: Tensor) -> Tensor:
@@ -283,7 +282,7 @@ def upscale(
     merged = task_arithmetic(pretrained, (task_vector(pretrained, model) for model in models), init_lambda)
     upscaled = copy.deepcopy(pretrained).requires_grad_(False)
     upscaled.load_state_dict(merged)  # all of it; what is routed is replaced below
-    routed: dict[nn.Module, WEMoE] = {}  # a module of the copy -> what takes its place; of two names, once
+    routed: dict[nn.Module, WEMoE] = {}  # a module of the copy -> what takes its place, once if it has two names
     for name in _selected(pretrained, modules):
         original, merged_copy = pretrained.get_submodule(name), upscaled.get_submodule(name)
         if merged_copy not in routed:
@@ -317,7 +316,7 @@ def negative_information(logits: Tensor) -> Tensor:
     For mean entropy alone, one confident answer to everything is as good as any; this asks for diverse answers, too
     (Bridle et al., NeurIPS 1991; Liang et al., arXiv 2002.08546), and wants batches in which most classes appear.
     """
-    log_sum = _log_softmax(logits).logsumexp(0)  # log Σ_b p_b; entropy normalises it to mean_b p_b
+    log_sum = _log_softmax(logits).logsumexp(0)  # log Σ_b p_b, of which the softmax, in entropy, is mean_b p_b
     return mean_entropy(logits) - entropy(log_sum)
 
 
@@ -366,7 +365,7 @@ def adapt(
         for step in range(start + 1, steps + 1):
             cosine = (1 + math.cos(math.pi * (step - 1) / steps)) / 2
             for group in optimizer.param_groups:
-                first_lr = group.setdefault("initial_lr", group["lr"])  # kept where a resumed run finds it
+                first_lr = group.setdefault("initial_lr", group["lr"])  # saved with the optimizer, to resume
                 group["lr"] = first_lr * cosine
             optimizer.zero_grad()
             entropies: dict[str, Tensor] = {}  # reported, whatever the objective is
