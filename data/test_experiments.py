@@ -234,6 +234,10 @@ SHORT = {  # experiment -> methods, number of conditions, figures
 TABLES = {"depths", "modules", "generalization", "robustness", "unload", "collapse"}  # of accuracies by task
 
 
+def test_every_experiment_is_run_below():
+    assert SHORT.keys() == reproduce.EXPERIMENTS.keys() - {"main", "parameters"}  # which have tests of their own
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     return tmp_path_factory.mktemp("shared")  # experts are fine-tuned once for all experiments
