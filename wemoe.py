@@ -231,7 +231,7 @@ class WEMoE(nn.Module):
         self.router = router
         self.training = pretrained.training
         self.routing = _Routing()  # returns its λ; hooks on it record λ, or replace it
-        # Padding masks (B, N) of texts: what the model is called with, or else what set_token_mask is.
+        # Padding masks (B, N) of texts: what the model was called with, or else what set_token_mask was.
         self.attention_mask, self.mask = None, None
 
     def route(self, h: Tensor) -> Tensor:
