@@ -296,7 +296,7 @@ def run(arguments: argparse.Namespace) -> bool:
         write(output / f"{name}.png", partial(report.save, figure))
     say("\n" + text)
     if measured and not measured.suite.published and arguments.suite not in MINIATURES:
-        say("Fewer tasks or images than published, or another model: no comparison with published figures.")
+        say("Other tasks, fewer images or another model than published: no comparison with published figures.")
     for entry in shown.claims:
         say(f"{'✓' if entry['holds'] else '✗'} {entry['claim']}: {entry['detail']}")
     say(f"\nResults and figures are in {output}/.")

@@ -637,7 +637,7 @@ def test_other_experiments_on_the_papers_suite(paper, mirror, tmp_path, monkeypa
     assert decoded == set(itertools.product(tasks, ["test", *kinds], ["first4"]))
     assert results["settings"]["limit"] == 4 and not results["claims"]
     assert not any(condition["published"] for condition in results["conditions"])
-    assert "Fewer tasks or images than published" in capsys.readouterr().out
+    assert "Other tasks, fewer images or another model than published" in capsys.readouterr().out
 
 
 @pytest.fixture
