@@ -361,7 +361,7 @@ def test_layers_of_every_kind_are_merged_before_anything_is_computed_from_them(k
         assert module.training == module.pretrained.training == pretrained.training
     module.routing.register_forward_hook(lambda *_: LAM)  # a hook may give each sample a λ of its own
     close(module(X), literal(copy.deepcopy(pretrained).eval(), finetuned, LAM, X), 1e-4)
-    dense = unload(module)  # the constant one is merged for good
+    dense = unload(copy.deepcopy(module).requires_grad_(True))  # the constant one is merged for good
     close(dense.eval()(X), y, 1e-4)
     assert dense.state_dict().keys() == pretrained.state_dict().keys()
     assert [type(part) for part in dense.modules()] == [type(part) for part in pretrained.modules()]

@@ -24,7 +24,8 @@ names tell what they do:
     _matching_weights   both models' floating-point tensors by name, or a ValueError
     _check_…, check_…, _finite      refuse what cannot work, in one sentence
     _live_state, _members           a model's tensors, not copied, by name; models given in a list or by task
-    _part, by_path      the entries of a state dict or a task vector below a name; those by their attributes' paths
+    _part               below a name, the part of a module, or the entries of a state dict or task vector
+    by_path             a task vector by the paths of attributes, which are not always the names in a state dict
     _run_with           runs a shallow copy of a module (tensors are shared), whose merged layers hold λ
     _begin_pass         refuses what has not B samples; in this pass, batch norm uses its running statistics
     _with_weights       a shallow copy of a layer, with other tensors in it, as functional_call would see it
@@ -222,7 +223,7 @@ class WEMoE(nn.Module):
 
         def merged_layer(part: nn.Module) -> nn.Module | None:
             its_vectors = [_part(vector, path_of[part]) for vector in vectors]
-            if type(part) is nn.Linear and "weight" in its_vectors[0]:  # an old spectral_norm computes it by a hook
+            if type(part) is nn.Linear and "weight" in its_vectors[0]:  # an old spectral_norm has "weight_orig"
                 return (layer or MergedLinear)(part, its_vectors)
             return MergedLayer(part, its_vectors) if _has_own_weights(part, its_vectors[0]) else None
 
@@ -415,13 +416,14 @@ def unload(model: nn.Module) -> nn.Module:
     Raises ValueError if a router looks at its input.
     """
 
+    @torch.no_grad()
     def unloaded(module: nn.Module) -> nn.Module | None:
         if not isinstance(module, WEMoE):
             return None
         if getattr(module.router, "depth", None) != 0:
             what = f"a {type(module.router).__name__} that looks at its input"
             raise ValueError(f"Only routers of depth 0 can be unloaded, not {what}.")
-        lam = module.router(torch.empty(1, 0)).detach()[0]  # (T,), whatever the input
+        lam = module.router(torch.empty(1, 0))[0]  # (T,), whatever the input
         merged = [part for part in module.pretrained.modules() if isinstance(part, MergedLayer)]
         weights = [part.weights(lam) for part in merged]  # all before θ_0 is overwritten, which layers may share
         for part, weights_of_part in zip(merged, weights):
@@ -722,7 +724,7 @@ def _part(model: Model, name: str) -> Model:
 
 
 def by_path(module: nn.Module, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The task vector's entries by where in the module their tensors are, which hooks may name otherwise in states."""
+    """A task vector's entries by the attribute paths of their tensors, which hooks of a state dict may name otherwise."""
     tau_of = {p: vector[name] for name, p in _live_state(module).items() if name in vector}
     named = *module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)
     return {path: tau_of[p] for path, p in named if p in tau_of}
