@@ -724,7 +724,7 @@ def _part(model: Model, name: str) -> Model:
 
 
 def by_path(module: nn.Module, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A task vector's entries by the attribute paths of their tensors, which hooks of a state dict may name otherwise."""
+    """A task vector's entries by their tensors' attribute paths, which a state dict's hooks may name otherwise."""
     tau_of = {p: vector[name] for name, p in _live_state(module).items() if name in vector}
     named = *module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)
     return {path: tau_of[p] for path, p in named if p in tau_of}
