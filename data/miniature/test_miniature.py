@@ -31,7 +31,7 @@ from data.miniature import (
     zero_shot_head,
 )
 
-few = settings(max_examples=10, deadline=None, derandomize=True)
+few = settings(max_examples=10)
 seeds, sides = st.integers(0, 2**16), st.integers(1, 12)
 every_task = pytest.mark.parametrize("task", ALL_TASKS)
 every_corruption = pytest.mark.parametrize("name", CORRUPTIONS)

@@ -38,11 +38,6 @@ from data.paper import authors, hub, images, published
 from data.paper.hub import TASKS, Architecture, load_expert, load_pretrained, zero_shot_heads
 from data.paper.images import class_order, image_set, normalise, notice
 
-settings.register_profile("default", max_examples=25, deadline=None, derandomize=True)
-settings.register_profile("nightly", max_examples=1000, deadline=None)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
-datasets.disable_progress_bars()
-
 ROOM = Path(__file__).parent
 FACTS = ROOM.parents[1].parent / "shared" / "facts"
 

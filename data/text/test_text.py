@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -25,11 +24,6 @@ from data.suite import Training, accuracy_of, padded, run
 from data.text import glue, miniature
 from data.text import models as towers
 from data.text.glue import GLUE, understood
-
-settings.register_profile("default", max_examples=25, deadline=None, derandomize=True)
-settings.register_profile("nightly", max_examples=1000, deadline=None)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
-torch.set_num_threads(1)
 
 # ---- A mirror: tiny random models, tokenizers and data sets, in the hub's own formats --------------------------------
 
