@@ -255,7 +255,7 @@ def paper_claims(entries: dict[str, list[dict]]) -> list[dict]:
         first = statistics.mean(value for curve in curves for value in curve["entropy"][:tenth])
         last = statistics.mean(value for curve in curves for value in curve["entropy"][-tenth:])
         before, after = (statistics.mean(curve["accuracy"][i] for curve in curves) for i in (0, -1))
-        text = f"As the entropy falls, accuracy rises (on {CURVE_IMAGES} test images of each task)"
+        text = f"As the entropy falls, accuracy rises (on {CURVE_IMAGES} test inputs of each task)"
         detail = f"entropy {first:.2f} → {last:.2f} nats, accuracy {before:.1f} → {after:.1f}"
         claims.append(claim(text, last < first and after > before, detail))
     return claims

@@ -91,12 +91,14 @@ def by_group(groups: dict[str, dict[str, list[float]]]) -> str:
 
 
 def tables(conditions: list, entries: dict[str, dict[str, list[dict]]], details: bool) -> str:
-    """A table for every condition; conditions that have one method only share a table with what comes before them."""
+    """A table for every condition; one method alone, nothing published beside it, joins the one before, if it fits."""
     shown: list[tuple[object, dict[str, list[dict]]]] = []
     for condition in conditions:
         rows = entries[condition.name]
-        if len(rows) == 1 and shown:
-            shown[-1][1].update({f"{name}, {condition.name}": seeds for name, seeds in rows.items()})
+        if alone := len(rows) == 1 < len(conditions) and not condition.published:
+            rows = {f"{name}, {condition.name}": seeds for name, seeds in rows.items()}
+        if alone and shown and shown[-1][0].columns == condition.columns:
+            shown[-1][1].update(rows)
         else:
             shown.append((condition, dict(rows)))
     texts = [(c.name, table(c.columns, rows, c.published, details)) for c, rows in shown]
@@ -200,14 +202,14 @@ def draw_adaptation(curves: dict[str, dict], averages: dict[str, float], images:
         right.plot(curve["steps"], curve["accuracy"], "o-", color=colour, label=name, markersize=3)
     for name, style in (("Individual", "--"), ("Task Arithmetic", ":")):
         if name in averages:
-            label = f"{name} (all test images)"
+            label = f"{name} (all test inputs)"
             right.axhline(averages[name], color="grey", linestyle=style, label=label)
     if authors:
-        label = "WEMoE, the authors' (all test images)"
+        label = "WEMoE, the authors' (all test inputs)"
         right.plot(authors["steps"], authors["average"], "k^--", label=label, markersize=4)
     title = "What is minimised (moving average)"
     left.set(xlabel="adaptation step", ylabel="mean entropy (nats)", ylim=(0, None), title=title)
-    title = f"What is gained ({images} test images of each task)"
+    title = f"What is gained ({images} test inputs of each task)"
     right.set(xlabel="adaptation step", ylabel="accuracy (%)", title=title)
     right.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
     return figure

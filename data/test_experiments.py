@@ -349,6 +349,21 @@ def test_every_row_of_the_papers_tables_is_printed_beside_ours_in_some_experimen
     assert not rows - printed
 
 
+def test_one_method_alone_shares_a_table_that_has_its_columns():
+    a, b, all_methods = {"Average": ["A"]}, {"Average": ["B"]}, ("Task Arithmetic", "WEMoE")
+
+    def headings(*conditions: tuple[str, dict, tuple[str, ...]]) -> list[str]:
+        made = [experiments.Condition(name, list(methods), {}, columns) for name, columns, methods in conditions]
+        entries = {c.name: {m: [entry(m, {"A": 1.0, "B": 2.0})] for m in c.methods} for c in made}
+        lines = report.tables(made, entries, False).splitlines()
+        return [line.split("|")[1].strip() if "|" in line else line for line in lines if line and "---" not in line]
+
+    assert headings(("as it is", a, all_methods), ("lr", a, ("WEMoE",))) == ["Method", *all_methods, "WEMoE, lr"]
+    assert headings(("clean", a, ("WEMoE",)), ("noise", a, ("WEMoE",))) == ["Method", "WEMoE, clean", "WEMoE, noise"]
+    two = ["## one", "Method", "WEMoE, one", "## other", "Method", "WEMoE, other"]
+    assert headings(("one", a, ("WEMoE",)), ("other", b, ("WEMoE",))) == two
+
+
 def test_what_methods_need_is_what_table_7_says():
     """Of each method that it names, and of its variants; but TIES' own mean comes with λ = 1, which nobody chooses."""
     rows = published.paper_tables()["7"]["rows"]

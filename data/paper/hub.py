@@ -196,11 +196,13 @@ def files_in(folder: Path) -> dict[str, int]:
 SHARD = re.compile(r"((?P<folder>.*)/)?(?P<split>[^/]+?)(-(?P<number>\d{5})-of-(?P<count>\d{5})(-\w+)?)?\.parquet")
 
 
-def shards(repo: Repository, config: str | None, split: str) -> list[str]:
+def shards(repo: Repository, config: str | None, split: str, test: str) -> list[str]:
     """The parquet files of one split, in order: [CONFIG/]SPLIT-00000-of-0000N.parquet in one folder, all N of them.
 
-    Raises InputError for a missing split, for missing shards, and for shards of several versions or configurations.
+    The split "test" is the one that the data set calls `test`. Raises InputError for a missing split, for missing
+    shards, and for shards of several versions or configurations.
     """
+    split = test if split == "test" else split
     found = [match for file in sorted(repo.sizes) if (match := SHARD.fullmatch(file))]
     found = [match for match in found if config in (None, Path(match["folder"] or "").name)]
     parts = [(m["folder"], int(m["count"] or 1), int(m["number"] or 0)) for m in found if m["split"] == split]
@@ -256,7 +258,7 @@ def plan(
             size += repo.bytes_of(repo.first(*WEIGHT_FILES))
         repo = repository(task.repo, "dataset", hub)
         for split in splits:
-            files = shards(repo, task.config, split)
+            files = shards(repo, task.config, split, task.split)
             size += repo.bytes_of(*files)
             count = sum(map(repo.rows, files))
             done = cache_path(task, prep, cache, repo, files, split, limit).exists()

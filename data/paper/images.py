@@ -48,7 +48,7 @@ def image_set(
     if limit is not None and limit < 1:
         raise InputError(f"the limit on the images of a test set should be at least 1, not {limit}")
     repo = repository(spec.repo, "dataset", hub)
-    files = shards(repo, spec.config, split)
+    files = shards(repo, spec.config, split, spec.split)
     paths = [repo.fetch(file) for file in files]
     where = f"{task}, split {split} of {spec.repo}"
     labels = read_labels(spec, where, paths)

@@ -616,6 +616,13 @@ def test_image_set(tmp_path, monkeypatch):
     assert image_set("SVHN", PreprocessCfg(size=(16, 16)), cache, root)[0].shape == (25, 3, 16, 16)
 
 
+def test_a_data_set_may_have_another_name_for_its_test_split(tmp_path, take, monkeypatch):
+    pictures, _ = write_set(tmp_path, "DTD", 4, split="validation")
+    monkeypatch.setitem(TASKS, "DTD", TASKS["DTD"]._replace(split="validation"))
+    same_images(take("DTD")[0], pictures)
+    assert hub.plan(TINY, tmp_path, tmp_path, tasks=["DTD"], weights=False, experts=False)["decode"]
+
+
 def test_several_processes_decode_the_same(tmp_path, take, monkeypatch):
     monkeypatch.setattr(images.os, "cpu_count", lambda: 3)
     pictures = [picture("RGB", 33, 34, seed) for seed in range(301)]

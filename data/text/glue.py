@@ -226,7 +226,7 @@ METRICS = {
 
 def shards(arguments: argparse.Namespace, task: str, split: str) -> list[tuple[Repository, str]]:
     repo = repository("nyu-mll/glue", "dataset", arguments.hub)
-    return [(repo, file) for file in hub.shards(repo, task, GLUE[task].split if split == "test" else split)]
+    return [(repo, file) for file in hub.shards(repo, task, split, GLUE[task].split)]
 
 
 def announce(arguments: argparse.Namespace, needed: list[tuple[Repository, str]]) -> None:
