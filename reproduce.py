@@ -397,15 +397,15 @@ def check_together(parsed: argparse.Namespace) -> None:
     """Raise InputError for options that do not go together."""
     text, hub, own_tasks = parsed.suite in TEXTS, parsed.settings == "hub", EXPERIMENTS[parsed.experiment].tasks
     images_only = text and parsed.experiment not in ("main", "depths", "ablation")
-    paper_only = ("hub", "limit") if parsed.suite in MINIATURES else ()
-    paper_only += ("experts", "finetune", "arch") if parsed.suite not in ARCHITECTURES else ()
-    odd = next((option for option in paper_only if getattr(parsed, option)), None)
+    real = [name for name in SUITES if name not in MINIATURES]
+    suites = {"hub": real, "limit": real, **dict.fromkeys(("experts", "finetune", "arch"), ARCHITECTURES)}
+    odd = next((option for option in suites if getattr(parsed, option) and parsed.suite not in suites[option]), None)
     another = (parsed.arch or parsed.pretrained != "openai") and not parsed.finetune
     workers = (parsed.workers or 1) > 1 and not parsed.on_cores
     for wrong, sentence in (
         (images_only, f"{parsed.suite} has main, depths and ablation: {parsed.experiment} is about images"),
         (parsed.tasks and own_tasks, f"--tasks is not for the experiment {parsed.experiment}, which has its own"),
-        (odd, f"--{odd} is for the paper's suites: {', '.join(ARCHITECTURES)}"),
+        (odd, f"--{odd} is for {', '.join(suites.get(odd, ()))}"),
         (another, "--arch and --pretrained need --finetune: no experts are published for them"),
         (parsed.finetune and parsed.experts, "--finetune makes the experts, --experts reads them: choose one"),
         (workers, "--workers is for the miniature on a CPU; on several GPUs use torchrun"),
