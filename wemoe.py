@@ -933,11 +933,10 @@ def _check_logits(task: str, logits: Tensor) -> None:
 def _finite(entropies: dict[str, Tensor], trainable: list, where: str) -> dict[str, float]:
     """The entropies as numbers. Raises FloatingPointError if one of them, or the gradient, is not finite."""
     norm = nn.utils.clip_grad_norm_(trainable, math.inf)  # to get it: nothing is clipped
-    *values, norm = torch.stack(
-        [value.to(norm) for value in (*entropies.values(), norm)]
-    ).tolist()  # one wait for a GPU
-    by_task = dict(zip(entropies, values))
-    for what, value in (*((f"entropy of task {task!r}", value) for task, value in by_task.items()), ("gradient", norm)):
+    numbers = torch.stack([value.to(norm) for value in (*entropies.values(), norm)]).tolist()  # one wait for a GPU
+    by_task = dict(zip(entropies, numbers))
+    names = [*(f"entropy of task {task!r}" for task in entropies), "gradient"]
+    for what, value in zip(names, numbers):
         if not math.isfinite(value):
             for p in trainable:
                 p.grad = None
