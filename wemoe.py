@@ -29,7 +29,8 @@ names tell what they do:
     _run_with           runs a shallow copy of a module (tensors are shared), whose merged layers hold λ
     _begin_pass         refuses what has not B samples; in this pass, batch norm uses its running statistics
     _with_weights       a shallow copy of a layer, with other tensors in it, as functional_call would see it
-    _of_sample          the arguments of sample b alone
+    _of_sample, _join   the arguments of sample b alone; one output of all samples
+    _refuse             a hook: no part of a merged layer runs but in a copy, with merged weights
     _replace            puts change(part) in a part's place, outermost first; where it is None, goes on inside the part
     _swap_hooks         moves hooks from a layer to its wrapper, or back
     _reach_inside       finds in the wrapped module what the wrapper lacks
@@ -49,7 +50,6 @@ from contextlib import contextmanager, nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
@@ -87,6 +87,8 @@ def task_arithmetic(pretrained: Model, task_vectors: Models, scaling: float | li
     theta_0 = _live_state(pretrained)
     merged = {name: p.detach().to(_at_least_float32(p), copy=True) for name, p in theta_0.items() if _is_weight(p)}
     for tau, lam in zip(vectors, scalings):
+        if isinstance(tau, nn.Module) or not math.isfinite(lam):
+            raise ValueError(f"Task arithmetic takes task vectors and finite λ, got a {type(tau).__name__} and {lam}.")
         _, entries = _matching_weights(merged, tau, "a task vector")
         for name, entry in entries.items():
             merged[name].add_(entry.to(merged[name]), alpha=lam)
@@ -126,8 +128,9 @@ class Router(nn.Module):
     def forward(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
         if self.depth == 0:
             return self.bias.expand(len(h), -1)
-        if h.dim() < 2 or h.shape[-1] != self.hidden_size:
-            raise ValueError(f"The router takes inputs of shape (B, ..., {self.hidden_size}), got {tuple(h.shape)}.")
+        if h.dim() < 2 or h.shape[-1] != self.hidden_size or not h.is_floating_point():
+            found = f"{tuple(h.shape)} of {h.dtype}"
+            raise ValueError(f"The router takes features (B, ..., {self.hidden_size}) in floating point, got {found}.")
         tokens = h[:, None] if h.dim() == 2 else h.flatten(1, -2)  # (B, N, D)
         hidden = self.layers[:-1](tokens.to(self.layers[-1].weight.dtype))  # at depth 1, layers[:-1] is empty
         mean = hidden.mean(1) if mask is None else _masked_mean(hidden, mask)
@@ -153,6 +156,8 @@ class MergedLayer(nn.Module):
         for i, tau in enumerate(taus):  # not as buffers, which DistributedDataParallel would send around
             self.register_parameter(f"tau_{i}", nn.Parameter(tau, requires_grad=False))
         _swap_hooks(self)  # the layer's hooks are to run here, once, and see all samples
+        for part in layer.modules():
+            part.register_forward_pre_hook(_refuse)  # to run by itself, with θ_0
 
     def tau(self, i: int) -> Tensor:
         return getattr(self, f"tau_{i}")
@@ -187,7 +192,7 @@ class MergedLayer(nn.Module):
             one_args, one_kwargs = _of_sample(b, len(lam), args, kwargs)
             # Merged weights are not kept, but merged again in the backward pass.
             outputs.append(checkpoint(self.for_all, lam[b], *one_args, use_reentrant=False, **one_kwargs))
-        return tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *outputs)
+        return tree_map(_join, *outputs)
 
     def __getattr__(self, name: str):
         return _reach_inside(self, "layer", name)
@@ -223,7 +228,7 @@ class WEMoE(nn.Module):
 
         def merged_layer(part: nn.Module) -> nn.Module | None:
             its_vectors = [_part(vector, path_of[part]) for vector in vectors]
-            if type(part) is nn.Linear and "weight" in its_vectors[0]:  # an old spectral_norm has "weight_orig"
+            if type(part) is nn.Linear and its_vectors[0].keys() in ({"weight"}, {"weight", "bias"}):
                 return (layer or MergedLinear)(part, its_vectors)
             return MergedLayer(part, its_vectors) if _has_own_weights(part, its_vectors[0]) else None
 
@@ -241,10 +246,11 @@ class WEMoE(nn.Module):
             return h.new_zeros(1, self.num_tasks, dtype=torch.float32)  # no sample to merge for
         mask = _mask_of(self, h)  # None but for texts
         lam = self.router(h) if mask is None else self.router(h, mask=mask)
+        constant = getattr(self.router, "depth", None) == 0
+        lam = self.routing(lam[:1] if constant else lam, h)
         if lam.shape not in ((len(h), self.num_tasks), (1, self.num_tasks)):
             raise ValueError(f"The routing weights are {tuple(lam.shape)} for an input {tuple(h.shape)}.")
-        constant = getattr(self.router, "depth", None) == 0
-        return self.routing(lam[:1] if constant else lam, h)
+        return lam
 
     def forward(self, *args, **kwargs):
         lam = self.route(_first_tensor(args, kwargs))
@@ -278,6 +284,7 @@ def upscale(
     Raises ValueError if no module is selected, or if the models differ in structure or cannot be upscaled.
     """
     models = list(_members(finetuned))
+    _check_copies(pretrained)
     if not models:
         raise ValueError("upscale needs at least one fine-tuned model, got none.")
     merged = task_arithmetic(pretrained, (task_vector(pretrained, model) for model in models), init_lambda)
@@ -430,6 +437,8 @@ def unload(model: nn.Module) -> nn.Module:
             for name, weight in weights_of_part.items():
                 operator.attrgetter(name)(part.layer).copy_(weight)
             _swap_hooks(part)  # back to the layer
+            for inner in part.layer.modules():
+                _allow(inner)
         return _replace(module.pretrained, lambda part: part.layer if isinstance(part, MergedLayer) else None)
 
     return _replace(copy.deepcopy(model), unloaded)
@@ -451,6 +460,8 @@ def _run_with(lam: Tensor, module: nn.Module, args: tuple, kwargs: dict):
     for part in copies.values():
         if isinstance(part, MergedLayer):
             vars(part).update(lam=lam, ran=False)  # λ may be a parameter, which setattr would register
+    if not any(isinstance(part, MergedLayer) for part in copies):
+        raise RuntimeError(f"No merged layer is left in a routed {type(module).__name__}: its layers were replaced.")
     output = used(*args, **kwargs)
     for part, used in copies.items():
         if not isinstance(part, MergedLayer):  # keep what it has stored on itself in this pass, as modules may do
@@ -467,7 +478,7 @@ def _begin_pass(layer: MergedLayer, x: Tensor) -> None:
     if layer.lam is None:
         raise RuntimeError("A merged layer runs in the WEMoE module that it is a part of, not by itself.")
     if layer.lam.requires_grad and not torch.is_grad_enabled():
-        raise RuntimeError("A merged layer ran without gradients: give checkpoint use_reentrant=False.")
+        raise RuntimeError("A merged layer ran without gradients, as in a checkpoint: give it use_reentrant=False.")
     if any(p.requires_grad for p in layer.parameters()):
         raise NotImplementedError("In a WEMoE module only the router is trainable: freeze everything else.")
     if len(layer.lam) > 1 and len(x) not in (1, len(layer.lam)):
@@ -477,6 +488,10 @@ def _begin_pass(layer: MergedLayer, x: Tensor) -> None:
     for part in layer.layer.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
             part.training = False  # one sample has no statistics: the merged ones serve
+            if part.running_mean is None:
+                raise ValueError("Batch norm without running statistics cannot be routed: it would mix samples.")
+        if isinstance(part, nn.MultiheadAttention) and x.dim() == 2:
+            raise ValueError(f"Attention takes (B, N, D) in a routed module, got {tuple(x.shape)}.")
 
 
 def _reach_inside(wrapper: nn.Module, inner: str, name: str):
@@ -502,7 +517,9 @@ def _shallow_copy(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.M
     """A copy of the module with the same tensors and hooks in it; `copies` gets that of each part."""
     if module not in copies:
         copies[module] = used = object.__new__(type(module))
-        used.__dict__ = dict(vars(module))
+        used.__dict__ = {name: value for name, value in vars(module).items() if name != "_compiled_call_impl"}
+        if "forward" in vars(used):  # and would run the original, with θ_0
+            raise RuntimeError(f"The forward of a {type(module).__name__} in a routed module was replaced: undo that.")
         parts = module._modules.items()
         used._modules = {name: None if part is None else _shallow_copy(part, copies) for name, part in parts}
         used._parameters, used._buffers = module._parameters.copy(), module._buffers.copy()
@@ -511,7 +528,14 @@ def _shallow_copy(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.M
 
 def _with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     """A copy of the module, in which tensors are replaced by these. What it stores on itself is gone with it."""
-    module = _shallow_copy(module, {})
+    copies: dict[nn.Module, nn.Module] = {}
+    module = _shallow_copy(module, copies)
+    for part in copies.values():
+        part._forward_pre_hooks = part._forward_pre_hooks.copy()
+        _allow(part)
+        for name, value in vars(part).items():
+            if name not in _STRUCTURE and type(value) in (dict, list, set):
+                vars(part)[name] = copy.copy(value)  # as a cache of what was computed from weights
     for name, p in weights.items():
         path, _, entry = name.rpartition(".")
         part = module.get_submodule(path)
@@ -521,6 +545,18 @@ def _with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module
             p = p.detach()  # torch does not differentiate by running statistics
         held[entry] = p
     return module
+
+
+def _refuse(part: nn.Module, _args: tuple) -> None:
+    """A hook on all parts of a merged layer, whose own weights are θ_0; copies with merged weights are without it."""
+    what = f"A {type(part).__name__} of a routed module ran by itself, without merged weights"
+    raise RuntimeError(f"{what}: call the routed module, or route a part of it.")
+
+
+def _allow(part: nn.Module) -> None:
+    hooks = part._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is _refuse]:
+        del hooks[key]
 
 
 def _replace(module: nn.Module, change: Callable, done: dict | None = None) -> nn.Module:
@@ -572,13 +608,20 @@ def _seeing(model: nn.Module, see: Callable[[str, Tensor], Tensor | None]) -> It
 class MergedLinear(MergedLayer, nn.Linear):
     """A linear layer with weights of its own for each sample; to libraries, an nn.Linear. See MergedLayer."""
 
+    def __init__(self, linear: nn.Linear, vectors: list[dict[str, Tensor]]):
+        # tau(0) is that of the matrix, tau(1) that of the bias, in whatever order the layer has them.
+        super().__init__(linear, [dict(sorted(vector.items(), reverse=True)) for vector in vectors])
+
     def tau_rows(self, rows: slice) -> Tensor:
         """τ in these rows of the matrix: (T, rows, D_in)."""
         return self.tau(0)[:, rows]
 
     def for_each(self, lam: Tensor, input: Tensor) -> Tensor:
         device, theta_0, bias = input.device.type, self.layer.weight, self.layer.bias
-        x = input.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else input
+        cast = torch.is_autocast_enabled(device) and input.is_floating_point() and input.dtype != torch.float64
+        x = input.to(torch.get_autocast_dtype(device)) if cast else input
+        if not cast and x.dtype != theta_0.dtype:
+            raise ValueError(f"A linear layer of {theta_0.dtype} got an input of {x.dtype}.")
         with torch.autocast(device, enabled=False):
             lam, x = lam.to(theta_0), x.expand(len(lam), *x.shape[1:])
             bias = None if bias is None else bias + lam @ self.tau(1)  # (B, D_out)
@@ -591,7 +634,7 @@ class _MergedProduct(torch.autograd.Function):
     """y_b = x_b W_b^T + bias_b, W_b = θ_0 + Σ_t λ_bt τ_t: x (B, N, D_in), λ (B, T), θ_0 (D_out, D_in), bias (B, D_out).
 
     For some rows of W_b and many samples at a time, one matrix product merges and a batch of them applies. The backward
-    pass merges again, so that memory never holds B sets of weights. x, λ and the bias have gradients.
+    pass merges again, so that memory never holds B sets of weights. x, λ and the bias have first derivatives.
     """
 
     @staticmethod
@@ -604,8 +647,9 @@ class _MergedProduct(torch.autograd.Function):
         return y if bias is None else y.add_(bias[:, None])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy: Tensor):
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError("Second derivatives of merged linear layers: route with layer=MergedLayer.")
         x, lam, theta = ctx.saved_tensors
         dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None  # not where nothing before it is trained
         dlam = torch.zeros_like(lam)
@@ -656,6 +700,8 @@ def set_token_mask(model: nn.Module, mask: Tensor | None) -> None:
     So padding does not matter. Models that take an `attention_mask` do this by themselves. None ends it. The mask is
     the model's, not a pass's: finish one text's backward pass before the next where activations are checkpointed.
     """
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+        raise ValueError(f"A mask of tokens is a tensor (B, N), not {getattr(mask, 'shape', type(mask))}.")
     for module in model.modules():
         if isinstance(module, WEMoE):
             module.mask, module.attention_mask = mask, None
@@ -663,9 +709,11 @@ def set_token_mask(model: nn.Module, mask: Tensor | None) -> None:
 
 def _mask_of(module: WEMoE, h: Tensor) -> Tensor | None:
     """The mask (B, N) of the tokens h (B, N, D): what the model was given with its input, or else by set_token_mask."""
-    mask = module.mask if module.attention_mask is None else module.attention_mask
-    # While tokens are generated with a cache, h has the last one only, and the mask has all.
-    return mask if mask is not None and mask.shape == h.shape[:-1] else None
+    for mask in (module.attention_mask, module.mask):
+        # While tokens are generated with a cache, h has the last one only, and the mask has all.
+        if mask is not None and mask.shape == h.shape[:-1]:
+            return mask
+    return None
 
 
 def _masked_mean(h: Tensor, mask: Tensor) -> Tensor:
@@ -678,7 +726,8 @@ def _prepare_for_text(model: nn.Module) -> None:
     """Let an `attention_mask` reach the routers, and `generate` keep the routing weights of the prompt."""
     for tower in model.modules():
         # With pixel_values, too: the vision tower of a model of both is to run without the mask of the texts.
-        if inspect.signature(tower.forward).parameters.keys() & {"input_ids", "pixel_values"}:
+        builtin = inspect.isbuiltin(tower.forward)  # which has no signature
+        if not builtin and inspect.signature(tower.forward).parameters.keys() & {"input_ids", "pixel_values"}:
             tower.register_forward_pre_hook(_take_attention_mask, with_kwargs=True)
         if hasattr(type(tower), "generate"):
             tower.generate = functools.partial(_generate, tower)
@@ -713,6 +762,8 @@ def _members(models: Models) -> Iterable[Model]:
 
 def _live_state(model: Model) -> dict[str, Tensor]:
     """A state dict in which a tied parameter is the same object under each of its names."""
+    if not isinstance(model, nn.Module | Mapping):
+        raise ValueError(f"A model or its state dict is needed, got {type(model).__name__}: load it first.")
     return dict(model.state_dict(keep_vars=True) if isinstance(model, nn.Module) else model)
 
 
@@ -769,8 +820,7 @@ def _matching_weights(pretrained: Model, other: Model, what: str) -> tuple[dict[
 def _wrong(key: str, theta_0: Mapping, theta_t: Mapping, what: str, first: Mapping[int, str]) -> str | None:
     """Why the entry cannot be merged, if so; `first` is a name of each weight that both models have."""
     p, q = theta_0.get(key), theta_t.get(key)
-    # As in {"state_dict": {"weight": …}, "epoch": 3}.
-    if any(isinstance(x, Mapping) and any(isinstance(y, Tensor | Mapping) for y in x.values()) for x in (p, q)):
+    if _holds_weights(p) or _holds_weights(q):  # as in {"state_dict": {"weight": …}, "epoch": 3}
         return "holds the weights of a checkpoint: pass these alone"
     if p is None or q is None:
         alone, where = (q, what) if p is None else (p, "the pre-trained model")
@@ -794,6 +844,13 @@ def _wrong(key: str, theta_0: Mapping, theta_t: Mapping, what: str, first: Mappi
     return None if torch.equal(*numbers) else f"differs and is {p.dtype} and {q.dtype}: dequantise it first"
 
 
+def _holds_weights(x: object) -> bool:
+    """Whether it is no tensor, but has tensors, arrays or modules in it."""
+    leaves = tree_leaves(dict(x) if isinstance(x, Mapping) else x)
+    found = any(isinstance(leaf, Tensor | nn.Module) or getattr(leaf, "ndim", 0) for leaf in leaves)
+    return found and not isinstance(x, Tensor)
+
+
 def _is_index(p: object) -> bool:  # position ids, counters, masks; or no tensor at all
     return not isinstance(p, Tensor) or p.dtype in (torch.int16, torch.int32, torch.int64, torch.bool)
 
@@ -802,7 +859,9 @@ def check_mergeable(module: nn.Module) -> None:
     """Raise ValueError, naming the part, for a module whose copy would not run with other weights than its own."""
     for name, part in module.named_modules():
         attributes = [value for key, value in vars(part).items() if key not in _STRUCTURE and "hook" not in key]
-        kept = [getattr(leaf, "__self__", leaf) for leaf in tree_leaves(attributes)]  # a method counts as its module
+        leaves = tree_leaves(attributes)
+        kept = [getattr(leaf, "__self__", leaf) for leaf in leaves]  # a method counts as its module
+        kept += [cell.cell_contents for leaf in leaves for cell in getattr(leaf, "__closure__", None) or ()]
         tensors = [leaf for leaf in kept if isinstance(leaf, Tensor)]
         wrong = None
         if "forward" in vars(part) or isinstance(part, torch.jit.ScriptModule):
@@ -813,6 +872,15 @@ def check_mergeable(module: nn.Module) -> None:
             wrong = f"({type(part).__name__}) keeps its weights elsewhere, too: choose other modules"
         if wrong:
             raise ValueError(f"{name!r} {wrong}.")
+
+
+def _check_copies(model: nn.Module) -> None:
+    """Raise ValueError, naming the part, if a copy of the model would run parts of the original, or is routed."""
+    for name, part in model.named_modules():
+        if isinstance(part, WEMoE | MergedLayer):
+            raise ValueError(f"{name!r} is routed already: upscale the model before.")
+        if inspect.isfunction(vars(part).get("forward")):
+            raise ValueError(f"{name!r}: its forward was replaced by a function: pass the model before.")
 
 
 def _has_own_weights(module: nn.Module, tau: Mapping[str, Tensor]) -> bool:
@@ -827,7 +895,7 @@ def _first_tensor(*arguments: object) -> Tensor:
     for leaf in tree_leaves(arguments):
         if isinstance(leaf, Tensor) and leaf.dim() > 0:
             return leaf
-    raise TypeError("A routed module takes a tensor of shape (B, ..., D) as its first input.")
+    raise TypeError("A routed module takes a tensor (B, ..., D) as its first input: route the module around it.")
 
 
 def _of_sample(b: int, batch: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -850,6 +918,17 @@ def _of_sample(b: int, batch: int, args: tuple, kwargs: dict) -> tuple[tuple, di
     return tree_map(of_sample, (args, kwargs))
 
 
+def _join(*parts: object) -> object:
+    """One output of all samples: tensors (1, ...) in a batch, or anything else that is the same for all of them."""
+    first = parts[0]
+    if isinstance(first, Tensor) and first.dim() > 0 and (len(first) == 1 or first.dim() < 3 or first.shape[1] != 1):
+        return torch.cat(parts)
+    if not isinstance(first, bool | int | float | str | None) or any(part != first for part in parts):
+        what = f"a tensor {tuple(first.shape)}" if isinstance(first, Tensor) else f"a {type(first).__name__}"
+        raise ValueError(f"Samples that run one by one have outputs (1, ...), not {what}: route a part of the module.")
+    return first
+
+
 # What open_clip, timm, torchvision and much of Hugging Face call the MLP of a Transformer block.
 _MLP = r"(^|\.)(mlp|DenseReluDense)$"
 
@@ -862,7 +941,9 @@ def _selected(model: nn.Module, modules: str | Callable[[str, nn.Module], bool] 
     named = {name: module for name, module in every if any(map(_is_weight, _live_state(module).values()))}
     names: list[str] = []
     for name, module in named.items():  # parents come before their children
-        if wanted(name, module) and not any(outer == "" or name.startswith(f"{outer}.") for outer in names):
+        held = any(outer == "" or name.startswith(f"{outer}.") for outer in names)
+        # A list of modules does not run, but those in it do.
+        if wanted(name, module) and not held and not isinstance(module, nn.ModuleList | nn.ModuleDict):
             names.append(name)
             if not _batch_first(name, named):
                 what = f"{name!r} has attention with batch_first=False beside it"
@@ -903,6 +984,7 @@ def _check_adapt(trainable: list, loaders: Mapping, heads: Mapping, held: list, 
         (half, "in half precision routers do not move: keep what is trained in float32, and use torch.autocast"),
         (any(p.is_inference() for p in trainable), "the model was built in torch.inference_mode: build it outside"),
         (set(held).isdisjoint(trainable), "the optimizer holds none of what is trainable in the model"),
+        (any(isinstance(x, Tensor) for x in loaders.values()), "a tensor is no loader: give a list of batches, [x]"),
         (not loaders, "there are no loaders: the batches of at least one task are needed"),
         (loaders.keys() - heads.keys(), f"there are loaders for {_quote(loaders)}, but heads for {_quote(heads)}"),
         (not 0 <= start < steps or not 0 < lr < math.inf, f"there is nothing to do for {steps=}, {start=} and {lr=}"),
@@ -926,8 +1008,11 @@ def _endless(task: str, loader: Iterable, device: torch.device) -> Iterator[Tens
 
 
 def _check_logits(task: str, logits: Tensor) -> None:
-    if logits.dim() != 2 or logits.shape[1] < 2:
-        raise ValueError(f"Logits of {task!r} should be (B, C) with C > 1, not {tuple(logits.shape)}.")
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) == 0 or logits.shape[1] < 2:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"Logits of {task!r} should be (B, C) with B > 0 and C > 1, not {found}.")
+    if not logits.requires_grad:
+        raise ValueError(f"Logits of {task!r} do not depend on what is trained: is its head, or a part, in no_grad?")
 
 
 def _finite(entropies: dict[str, Tensor], trainable: list, where: str) -> dict[str, float]:
