@@ -12,9 +12,9 @@
 
 A suite is data: tasks, zero-shot heads, test images, a pre-trained vision tower and its fine-tuned experts. A method
 turns the experts into one model, or into one for each task: METHODS has them all. An experiment runs methods under
-several conditions and says what it shows: EXPERIMENTS, in data/experiments.py. In every table, the head of an image is
-that of its own task; the merged tower does not know the task. Results go to `results/<suite>/`: results.json, table.md
-and figures. What is finished is kept in `cache/` there, and a run started again goes on from it.
+several conditions and says what it shows: EXPERIMENTS, in data/experiments.py. In every table but that of taskfree, the
+head of an image is that of its own task; the merged tower does not know the task. Results go to `results/<suite>/`:
+results.json, table.md and figures. What is finished is kept in `cache/` there, and a run started again goes on from it.
 """
 
 import os
@@ -204,6 +204,8 @@ def oracle_routing(suite: Suite, elsewhere: Callable | None = None) -> Result:
 
 def mass(suite: Suite) -> Result:
     """Routed at the MLP of the block before the last but one, as in the authors' program: the 10th of 12, from 0."""
+    if not hasattr(suite.pretrained, "transformer"):
+        raise InputError("MASS routes in open_clip's own vision transformers: leave it out of --methods")
     layer = f"transformer.resblocks.{len(suite.pretrained.transformer.resblocks) - 2}.mlp.c_fc"
     return baselines.Mass(suite.pretrained, suite.experts, layer)
 
@@ -352,7 +354,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("suite", nargs="?", default="miniature", choices=SUITES, help="default: %(default)s")
     add("--experiment", default="main", metavar="NAME", help=f"{', '.join(EXPERIMENTS)}, or list (default: main)")
     add("--tasks", nargs="+", metavar="TASK", help="only these, where the experiment allows it (default: all eight)")
-    add("--methods", nargs="+", metavar="NAME", help=f"all, or some of {', '.join(MAIN)} (default: {', '.join(STORY)})")
+    add("--methods", nargs="+", metavar="NAME", help=f"all, or {', '.join(MAIN)} (in miniature, {', '.join(STORY)})")
     add("--steps", type=int, help="adaptation steps of routers (default: 160 in the miniature, 1000 in the paper)")
     add("--seed", type=int, default=0, help="of fine-tuning and adaptation (default: %(default)s)")
     add("--seeds", type=int, help="how many, from --seed on: mean ± deviation (default: 1; 5 in collapse)")
@@ -371,6 +373,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--limit", type=int, metavar="N", help="only the first N images of every test set, for a quick look")
     add("--cache", type=Path, default=Path.home() / ".cache" / "wemoe", help="decoded images (default: %(default)s)")
     parsed = parser.parse_args(arguments)
+    if parsed.experiment == "list":
+        return parsed
     numbers = {number: name for name, experiment in EXPERIMENTS.items() for number in experiment.paper}
     number = re.sub(r"[ .]", "", parsed.experiment.lower()).replace("figure", "fig")  # "Figure 3", "Appendix B.3"
     (parsed.experiment,) = choose("experiment", [numbers.get(number, parsed.experiment)], list(EXPERIMENTS))
@@ -429,7 +433,7 @@ def choose_tasks_and_methods(parsed: argparse.Namespace) -> None:
     methods = [name for name in (MAIN if experiment.methods is None else experiment.methods) if name not in senseless]
     untrained = [name for name in methods if METHODS[name].given != TRAINING_IMAGES]
     usual = (experiment.usual or methods) if parsed.suite in MINIATURES else untrained
-    everything = [name.lower() for name in parsed.methods or ()] == ["all"]
+    everything = "all" in map(str.lower, parsed.methods or ())
     kind = "method" if parsed.experiment == "main" else f"method of the experiment {parsed.experiment}"
     parsed.methods = choose(kind, methods if everything else parsed.methods or usual, methods)
     trains = any(METHODS[name].given == TRAINING_IMAGES for name in parsed.methods)
@@ -440,7 +444,7 @@ def choose(kind: str, wanted: list[str], known: list[str]) -> list[str]:
     """The known names that are wanted, in their own order; case does not matter."""
     wanted, exact = {name.lower(): name for name in wanted}, {name.lower(): name for name in known}
     if unknown := [name for lower, name in wanted.items() if lower not in exact]:
-        raise InputError(f"unknown {kind} {unknown[0]!r}: choose among {', '.join(map(repr, known))}")
+        raise InputError(f"unknown {kind} {unknown[0]!r}: choose among {', '.join(map(repr, known)) or 'nothing'}")
     return [name for lower, name in exact.items() if lower in wanted]
 
 
@@ -448,10 +452,10 @@ def choose(kind: str, wanted: list[str], known: list[str]) -> list[str]:
 def main(arguments: list[str]) -> bool:
     if arguments[:1] == ["bench"]:
         return bench(arguments[1:])
-    if "list" in arguments and "--experiment" in arguments:
+    parsed = parse_arguments(arguments)
+    if parsed.experiment == "list":
         say(experiments.listed())
         return True
-    parsed = parse_arguments(arguments)
     with alone(parsed.cached.parent) if rank() == 0 else nullcontext():  # the first process has it for all
         return run(parsed)
 

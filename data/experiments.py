@@ -20,6 +20,7 @@ from torch import nn
 
 import wemoe
 from data import report
+from data.files import InputError
 from data.methods import STATIC, TRAINING_IMAGES
 from data.miniature.corruptions import CORRUPTIONS
 from data.miniature.suite import COUNTERPARTS
@@ -616,6 +617,8 @@ def landscape(suite: Suite, points: int = 11, count: int = 128) -> tuple[nn.Modu
 
 
 def pairs_of_tasks(suite: Suite, methods: list[str]) -> list[Condition]:
+    if len(suite.tasks) % 2:
+        raise InputError(f"the experiment landscape is about pairs of tasks: {len(suite.tasks)} leave one alone")
     pairs = zip(suite.tasks[::2], suite.tasks[1::2])
     return [Condition(" and ".join(pair), methods, {"experts": pair}, {"Average": list(pair)}) for pair in pairs]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 
 class InputError(ValueError):
@@ -44,7 +45,7 @@ def write(file: Path, save: Callable[[Path], object]) -> None:
         with open(aside, "rb+") as written:
             os.fsync(written.fileno())
         aside.replace(file)
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and save_file raise the latter
         advice = "free some space or choose another --output or --cache, and the same command goes on"
         raise InputError(f"cannot write {file} ({one_line(error)}): {advice}") from error
     finally:
@@ -71,7 +72,7 @@ def alone(folder: Path) -> Iterator[None]:
         message = f"another run is writing into {folder}: wait for it, stop it, or choose another --output"
         raise InputError(message) from None
     try:
-        for left in folder.rglob("*.part"):  # by a run that was killed as it wrote
+        for left in filter(Path.is_file, folder.rglob("*.[0-9]*.part")):  # by a run that was killed as it wrote
             left.unlink()
         yield
     finally:

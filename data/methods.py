@@ -48,7 +48,8 @@ def entry_of(suite: Suite, name: str, method: Method, key: str, cache: Path, cha
     change = dict(change)
     task_free = change.pop("task_free", False)
     scalings = suite.scalings if method.group == STATIC else ()  # others try none
-    key = fingerprint(key, name, change, scalings, code_of(method.make), code_of(evaluate), code_of(adapt))
+    measuring = code_of(evaluate), code_of(adapt), code_of(evaluate_task_free) if task_free else ""
+    key = fingerprint(key, name, change, scalings, code_of(method.make), *measuring)
     folder = cache / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / ("task_free.json" if task_free else "result.json")  # with one adaptation for both

@@ -22,25 +22,39 @@ from data.files import InputError, one_line
 
 
 @contextmanager
-def taking_part() -> Iterator[None]:
-    """Meanwhile, a signal to end is a KeyboardInterrupt; and the process is in torchrun's group, if that started it."""
+def interruptible() -> Iterator[None]:
+    """Meanwhile, a signal to end is a KeyboardInterrupt, and the second one ends the process at once.
 
-    def interrupt(*_) -> None:
-        for each_signal in signals:
-            signal.signal(each_signal, signal.SIG_IGN)  # once is enough
-        raise KeyboardInterrupt
+    Forks, as those of `datasets`, leave Ctrl-C to their parent, which ends them.
+    """
+    here, received = os.getpid(), []
+
+    def interrupt(number: int, _) -> None:
+        if os.getpid() == here:
+            received.append(number)
+            if len(received) > 1:
+                os._exit(130)
+            raise KeyboardInterrupt
+        if number == signal.SIGTERM:
+            sys.exit(130)  # which gives back what it holds: others may wait for it
 
     signals = (signal.SIGINT, signal.SIGTERM) if current_thread() is main_thread() else ()  # others may not say
     before = {each_signal: signal.signal(each_signal, interrupt) for each_signal in signals}
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group()
     try:
         yield
     finally:
         for each_signal, handler in before.items():
             signal.signal(each_signal, handler)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+
+
+def join_group() -> None:
+    """If torchrun has started the process, be one of its ranks. Raises InputError where they cannot meet."""
+    if os.environ.get("WORLD_SIZE", "1") != "1" and not dist.is_initialized():
+        try:
+            dist.init_process_group()
+        except (ValueError, RuntimeError) as error:
+            message = f"WORLD_SIZE is set, but the processes do not meet ({one_line(error)}): let torchrun start them"
+            raise InputError(message) from error
 
 
 def command(main: Callable[[list[str]], bool]) -> Callable[..., int]:
@@ -55,8 +69,9 @@ def command(main: Callable[[list[str]], bool]) -> Callable[..., int]:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")  # on a terminal that has no ✓
-        with taking_part():
+        with interruptible():
             try:
+                join_group()
                 return 0 if main(arguments) else 1
             except KeyboardInterrupt:
                 hint = "" if arguments[:1] == ["bench"] else "; the same command goes on from what is finished"
@@ -69,6 +84,9 @@ def command(main: Callable[[list[str]], bool]) -> Callable[..., int]:
                 if world() > 1:
                     os._exit(2)  # the other processes wait for this one: torchrun ends them
                 return 2
+            finally:
+                if dist.is_initialized():
+                    dist.destroy_process_group()
 
     return status
 
@@ -106,9 +124,9 @@ def choose_device(name: str | None) -> str:
     name = "cpu" if name is None else name
     try:
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); 'cpu' always is") from None
-    return name
+    except Exception as error:  # of torch, or of a module that a device needs
+        raise InputError(f"--device {name}: not usable here ({one_line(error)}); 'cpu' always is") from None
+    return "cpu" if torch.device(name).type == "cpu" else name  # cpu:0 is the same
 
 
 def barrier() -> None:
@@ -133,12 +151,16 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
-WORKER = {"line": 0}  # in a worker: what all its calls share, and the line of its progress bars
+class Worker:
+    """In a worker: what all its calls share, and the line of its progress bars."""
+
+    shared: object = None
+    line = 0
 
 
 def progress(items: Iterable | None, description: str, **options) -> tqdm:
-    options = {"leave": "shared" not in WORKER, **options}  # the bars of workers share lines
-    return tqdm(items, description, position=WORKER["line"], disable=rank() > 0, **options)
+    options = {"leave": Worker.shared is None, **options}  # the bars of workers share lines
+    return tqdm(items, description, position=Worker.line, disable=rank() > 0, **options)
 
 
 def each(shared: object, function: Callable, calls: Iterable[tuple], workers: int) -> list:
@@ -170,9 +192,9 @@ def _start_worker(shared: object, lock, count) -> None:
     torch.set_num_threads(1)
     tqdm.set_lock(lock)
     with count.get_lock():
-        WORKER.update(shared=shared, line=count.value)
+        Worker.shared, Worker.line = shared, count.value
         count.value += 1
 
 
 def _call_in_worker(function: Callable, call: tuple):
-    return function(WORKER["shared"], *call)
+    return function(Worker.shared, *call)

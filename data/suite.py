@@ -6,7 +6,6 @@ what the tower takes of them, token ids and a mask by name, is up to the suite's
 """
 
 import copy
-import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 import wemoe
 from data.baselines import Batch, run
 from data.dependencies import code_of
-from data.files import derive_seed, fingerprint, read_kept, write
+from data.files import InputError, derive_seed, fingerprint, read_kept, write
 from data.processes import barrier, each, gathered, progress, rank, total, world
 
 CURVE_IMAGES = 40  # of each task, on which the accuracy is measured during adaptation
@@ -121,8 +120,9 @@ class Suite:
         some = [[part[:: 1 + len(part) // 20] for part in pair] for pair in self.test.values()]
         tests = [p.contiguous().numpy() for x, y in some for p in tree_leaves((self.normalise(x), y))]
         sizes = [len(labels) for _, labels in self.test.values()]
-        code = [code_of(function) for function in (*self.metrics.values(), self.answer, self.features) if function]
-        settings = self.name, self.seed, self.device.type, self.precision, self.adaptation
+        used = Suite, self.load, *self.metrics.values(), self.answer, self.features
+        code = [code_of(function) for function in used if function]
+        settings = self.name, self.seed, self.device.type, self.precision, self.training, self.adaptation
         return fingerprint(*settings, self.tasks, sizes, torch.__version__, *models, *heads, *tests, *code)
 
     def variant(
@@ -178,11 +178,10 @@ def mean(values: dict[str, float]) -> float:
 # ---- Fine-tune -------------------------------------------------------------------------------------------------------
 
 
-def make_experts(suite: Suite, folder: Path, workers: int, depends_on: bytes = b"") -> None:
+def make_experts(suite: Suite, folder: Path, workers: int, depends_on: str) -> None:
     """Fine-tune the tower on every task (shared among the processes), or read what an earlier run has fine-tuned."""
     weights = [value.numpy() for value in suite.pretrained.state_dict().values()]
-    code = inspect.getsource(make_expert), inspect.getsource(fine_tune)
-    key = fingerprint(depends_on, *code, suite.training, suite.seed, suite.device.type, *weights)
+    key = fingerprint(depends_on, code_of(make_expert), suite.training, suite.seed, suite.device.type, *weights)
     files = {
         task: folder / f"expert-{task}-{fingerprint(key, suite.heads[task].cpu().numpy())}.safetensors"
         for task in suite.tasks
@@ -251,7 +250,8 @@ def evaluate(suite: Suite, model: nn.Module | dict[str, nn.Module], test: dict |
 
 def batches(suite: Suite, count: int) -> tuple[Tensor, ...]:
     """This process's places among so many test inputs, in batches; their size matters where a batch has one λ."""
-    return torch.arange(rank(), count, world()).split(128 if suite.adaptation.settings == "hub" else 64)
+    own = torch.arange(count)[rank() :: world()]
+    return own.split(128 if suite.adaptation.settings == "hub" else 64) if len(own) else ()
 
 
 @torch.no_grad()
@@ -320,6 +320,8 @@ def adapt(
     if suite.adaptation.settings == "hub":
         optimizer.register_step_pre_hook(keep_rate)
     adapted = [task for task in suite.experts if task not in suite.unadapted]
+    if not adapted:
+        raise InputError(f"{name} adapts, but there is nothing to adapt to in {', '.join(suite.tasks)}: leave it out")
     on_gpu = suite.device.type == "cuda"
     if file.exists():
         kept = read_kept(file, partial(torch.load, map_location=suite.device, weights_only=True))

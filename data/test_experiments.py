@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -34,8 +35,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import reproduce
 import wemoe
 from data import baselines, experiments, methods, report
+from data import suite as suites
 from data.dependencies import code_of
-from data.files import InputError
+from data.files import InputError, write
 from data.methods import ADAPTATION, TRAINING_IMAGES, VALIDATION
 from data.miniature import render
 from data.miniature import suite as miniature
@@ -53,6 +55,7 @@ from data.paper.test_paper import (
     write_parquet,
     write_set,
 )
+from data.processes import choose_device, each
 from data.suite import Suite, Training
 
 HERE = Path(__file__).parents[1]
@@ -520,7 +523,10 @@ LEAST = {"steps": 1, "seed": 0, "seeds": 1, "workers": 1, "limit": 1}
         (["--methods", "TIE"], "unknown method 'TIE': choose among 'Weight Averaging', 'Task Arithmetic'"),
         (["--experiment", "none"], "unknown experiment 'none': choose among 'main', 'depths'"),
         (["--experiment", "robustness", "--tasks", "Signs"], "--tasks is not for the experiment robustness"),
-        (["--experiment", "fig3", "--methods", "WEMoE"], "unknown method of the experiment vectors 'WEMoE'"),
+        (
+            ["--experiment", "fig3", "--methods", "WEMoE"],
+            "method of the experiment vectors 'WEMoE': choose among nothing",
+        ),
         *((["ViT-B-32", f"--{o}", f"{n - 1}"], f"--{o} {n - 1}: a number from {n} to") for o, n in LEAST.items()),
         (["--steps", "nan"], "argument --steps: invalid int value: 'nan'"),
         (["--steps", "1" + "0" * 30], "a number from 1 to 2147483647"),
@@ -540,6 +546,7 @@ LEAST = {"steps": 1, "seed": 0, "seeds": 1, "workers": 1, "limit": 1}
         (["roberta-glue", "--hub", "/nowhere"], "/nowhere/roberta-base"),
         (["--settings", "mine"], "invalid choice: 'mine'"),
         (["--device", "tpu9"], "--device tpu9: not usable here"),
+        (["--device", "hpu"], "--device hpu: not usable here"),
         (["--device", "meta"], "--device meta: not usable here"),
         pytest.param(["--device", "cuda"], "'cpu' always is", marks=pytest.mark.skipif(GPU, reason="there is one")),
         (["ViT-Z"], "invalid choice: 'ViT-Z'"),
@@ -556,13 +563,17 @@ def test_bad_arguments_are_refused_in_one_line(arguments, message, capsys, tmp_p
     assert message in printed and printed.count("\n") == 1
 
 
+def test_any_cpu_is_the_cpu():
+    assert choose_device("cpu:0") == choose_device("cpu") == "cpu"
+
+
 def test_help_tells_the_choices(capsys):
     with pytest.raises(SystemExit) as stop:
         reproduce.main(["--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert all(word in text for word in ("miniature", "--tasks", "WEMoE (0-layer)", "Exit status"))
-    assert reproduce.main(["--experiment", "list"]) == 0
+    assert reproduce.main(["--experiment=list"]) == 0
     assert re.findall(r"^(\w+)(?: \(.*\))?: .+ min\.$", capsys.readouterr().out, re.M) == list(reproduce.EXPERIMENTS)
 
 
@@ -809,3 +820,43 @@ def test_a_result_is_kept_until_the_code_of_its_own_method_changes(monkeypatch):
     assert changed(lambda p: p.setattr(baselines, "least_squares", lambda a, b, alpha=1: a[0])) == {"RegMean"}
     assert changed(lambda p: p.setattr(wemoe.Router, "forward", lambda self, h: h)) >= {"WEMoE", "E-WEMoE"}
     assert changed(lambda p: p.setattr(reproduce.mixture, "__doc__", "Another help text.")) == set()
+    assert changed(lambda p: p.setitem(wemoe.upscale.__kwdefaults__, "router_depth", 1)) >= {"WEMoE", "E-WEMoE"}
+    assert each(None, key_of_evaluate, [()] * 2, workers=2) == [code_of(suites.evaluate)] * 2  # in a worker, too
+    one, other = (lambda names: [f"a{n}" for n in names]), (lambda names: [f"b{n}" for n in names])
+    assert code_of(one) != code_of(other)  # the first text of a comprehension is no docstring
+
+
+def key_of_evaluate(_: object) -> str:
+    return code_of(suites.evaluate)
+
+
+def test_a_suites_key_depends_on_what_is_read_and_done():
+    images = {task: render(task, "test", 4, seed=1) for task in ("Signs", "Digits")}
+    suite = Suite(
+        *("name", 0, torch.device("cpu"), "float32", TRAINING, miniature.ADAPTATION, nn.Identity()),
+        heads=dict.fromkeys(images, torch.zeros(2)), test=images, load=miniature.images, normalise=nn.Identity(),
+    )  # fmt: skip
+    before = suite.key
+    assert suite.key == before
+    for owner, name, new in ((suite, "training", replace(TRAINING, lr=1.0)), (miniature, "SEVERITY", 5)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, name, new)
+            assert suite.key != before
+
+
+def test_a_file_that_safetensors_cannot_write_is_named(tmp_path):
+    with pytest.raises(InputError, match="cannot write .*x.safetensors .*No space left .*the same command goes on"):
+        write(tmp_path / "x.safetensors", Mock(side_effect=SafetensorError("No space left on device")))
+
+
+def test_pairs_of_tasks_leave_none_alone(small, capsys):
+    assert small("--experiment", "landscape", "--tasks", "signs")[0] == 2
+    assert "landscape is about pairs of tasks: 1 leave one alone" in capsys.readouterr().err
+
+
+def test_ranks_without_a_test_image_have_no_batch(monkeypatch):
+    monkeypatch.setattr(suites, "world", lambda: 3)
+    suite = SimpleNamespace(adaptation=miniature.ADAPTATION)
+    for rank, own in enumerate(([[0]], [[1]], [])):
+        monkeypatch.setattr(suites, "rank", lambda: rank)  # noqa: B023
+        assert [batch.tolist() for batch in suites.batches(suite, 2)] == own

@@ -50,6 +50,12 @@ def ended(process: BaseProcess) -> int | None:
     return process.exitcode
 
 
+def test_processes_that_do_not_meet_are_told_so(small, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert small("--methods", "individual")[0] == 2
+    assert "error: WORLD_SIZE is set, but the processes do not meet (" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="workers that are not forked do not see the patched entropy")
 def test_an_error_in_a_worker_is_reported_like_any_other(small, monkeypatch, capsys):
     small("--methods", "individual")

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.files import fingerprint
 from data.miniature.corruptions import corrupt
 from data.miniature.tasks import load_pretrained, normalise, render, zero_shot_head
 from data.suite import Adaptation, Suite, Training, make_experts
@@ -45,7 +46,7 @@ def miniature_suite(arguments: argparse.Namespace) -> Suite:
         scalings=(0.1, 0.2, 0.3, 0.4, 0.6, 1.0),
     )
     program = b"".join(Path(__file__).with_name(file).read_bytes() for file in ("tasks.py", "drawing.py"))
-    make_experts(suite, arguments.cached, arguments.workers, depends_on=program)
+    make_experts(suite, arguments.cached, arguments.workers, depends_on=fingerprint(program))
     return suite
 
 

@@ -32,6 +32,8 @@ def read_module(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises InputError when the file is missing, damaged, in the format of torch before 1.6, or asks for the system.
     """
+    if not Path(path).is_file():
+        raise InputError(f"there is no file {path}; the authors' checkpoints lie as data/paper/README.md tells")
     with refusing(f"{path} is not a module that torch.save wrote since torch 1.6"):
         with safe_globals([(Inert, name) for name in get_unsafe_globals_in_checkpoint(path)]):
             module = torch.load(path, "cpu", weights_only=True)

@@ -260,9 +260,10 @@ def plan(
         for split in splits:
             files = shards(repo, task.config, split, task.split)
             size += repo.bytes_of(*files)
+            most = limit if split != "train" else None  # which is decoded whole
             count = sum(map(repo.rows, files))
-            done = cache_path(task, prep, cache, repo, files, split, limit).exists()
-            size["present" if done else "decode"] += min(count, limit or count) * math.prod(prep.input_size)
+            done = cache_path(task, prep, cache, repo, files, split, most).exists()
+            size["present" if done else "decode"] += min(count, most or count) * math.prod(prep.input_size)
             passing = max(passing, 0 if done else sum(repo.sizes[file] for file in files))
     size["decode"] += passing  # a copy of one split at a time, until it is decoded
     return size
@@ -306,13 +307,13 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def load_pretrained(arch: Architecture, hub: Path | None = None) -> open_clip.CLIP:
-    """The pre-trained CLIP in float32 and evaluation mode; without a mirror, open_clip downloads it.
+    """The pre-trained CLIP in float32 and evaluation mode; what is not on the hub, open_clip downloads.
 
     Raises InputError when the file is missing, unreadable, made for another architecture, or not finite.
     """
     tag = open_clip.get_pretrained_cfg(arch.model, arch.pretrained)
     source = arch.pretrained
-    if hub is not None:
+    if arch.repo or hub is not None:
         repo = repository(arch.repo, "model", hub)
         source = str(repo.fetch(repo.first(*PRETRAINED_FILES)))
     with refusing(f"cannot load the weights of {arch.model} from {source}"):

@@ -93,11 +93,11 @@ def read_labels(task: Task, where: str, paths: list[Path]) -> np.ndarray:
             file = pq.ParquetFile(path)
             columns, notes = file.schema_arrow.names, file.schema_arrow.metadata or {}
             features = json.loads(notes.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-            names = features.get(task.label_column, {}).get("names")
+            names = [str(name) for name in features.get(task.label_column, {}).get("names") or task.classes]
             found = file.read([task.label_column]).to_pydict().get(task.label_column)
         if missing := {task.image_column, task.label_column} - set(columns):
             raise InputError(f"{where} has no column {some(missing)}; it has: {some(columns)}")
-        order = class_order(names or task.classes, task.classes, where)
+        order = class_order(names, task.classes, where)
         for index, label in enumerate(found, len(labels)):
             if not isinstance(label, int) or not 0 <= label < len(order):
                 raise InputError(f"{where}: image {index} has the label {label!r}; 0 to {len(order) - 1} are known")
@@ -163,6 +163,8 @@ def decode(
     except InputError:
         raise
     except Exception as error:  # of datasets, pyarrow, or a process that was killed
+        if isinstance(error.__context__, KeyboardInterrupt):  # in which datasets waits for its processes
+            raise error.__context__ from None
         cause = error.__cause__ or error
         if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):  # which is not the data set's fault
             raise cause from None

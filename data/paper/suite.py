@@ -8,7 +8,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from data.files import InputError
+from data.files import InputError, fingerprint
 from data.paper import hub, images
 from data.paper.authors import load_authors_experts
 from data.paper.published import adaptation_curves, eight_tasks
@@ -45,6 +45,8 @@ def paper_suite(arguments: argparse.Namespace) -> Suite:
         if from_hub:
             with progress(arguments.tasks, "Experts") as tasks:
                 experts = {task: hub.load_expert(arch, task, tower, mirror) for task in tasks}
+    if not any(name.endswith(".mlp") for name, _ in tower.named_modules()):
+        raise InputError(f"the vision tower of {arch.name} has no MLPs to route: choose a transformer with --arch")
     test = {task: images.image_set(task, prep, cache, mirror, limit=limit) for task in arguments.tasks}
     notices = [images.notice(task, len(labels)) for task, (_, labels) in test.items()] if limit is None else []
     for notice in filter(None, notices):
@@ -72,7 +74,8 @@ def paper_suite(arguments: argparse.Namespace) -> Suite:
         curves = adaptation_curves(arch.name)
         suite.curve = next((c for c in curves if c["learning_rate"] == suite.adaptation.lr), None)
     if arguments.finetune:
-        make_experts(suite, arguments.cached, arguments.workers)
+        some = (part.numpy() for task in suite.tasks for part in suite.load(task, "train", 32))
+        make_experts(suite, arguments.cached, arguments.workers, depends_on=fingerprint(*some))
     refuse_twins(tower.state_dict(), experts)
     for task, state in experts.items():
         suite.experts[task] = copy.deepcopy(tower)

@@ -44,10 +44,6 @@ class Task(NamedTuple):
 FACTS = json.loads(Path(__file__).with_name("glue.json").read_text(encoding="utf-8"))
 GLUE = {name: Task(**task) for name, task in FACTS["tasks"].items()}
 REGRESSIONS = tuple(name for name, task in GLUE.items() if task.answers is None)
-NOTE = (
-    f"{', '.join(REGRESSIONS)} is a regression, about which entropy says nothing: it is merged, but not adapted to. "
-    "Figures are "
-)
 # Methods to which heads of their own, a regression or answers in words leave no meaning.
 SENSELESS = ("Fisher Merging", "Simple Ensemble", "Traditional MTL")
 
@@ -67,7 +63,7 @@ def roberta_glue_suite(arguments: argparse.Namespace) -> Suite:
 
     suite, _ = glue_suite(arguments, base, files, models.roberta, head, example, longest=128)
     suite.metrics = {task: METRICS[GLUE[task].metric] for task in suite.tasks}
-    suite.note = NOTE + "; ".join(f"{task}: {GLUE[task].metric}" for task in suite.tasks) + "."
+    suite.note = note(suite.tasks, "; ".join(f"{task}: {GLUE[task].metric}" for task in suite.tasks))
     suite.features = lambda tower, batch: models.mean_state(tower.encoder, batch)
     return suite
 
@@ -96,9 +92,18 @@ def flan_t5_glue_suite(arguments: argparse.Namespace) -> Suite:
 
     suite, tokenizer = glue_suite(arguments, base, files, models.t5, head, example, longest=512)
     suite.metrics, suite.answer = {task: spearman for task in suite.tasks if task in REGRESSIONS}, answer
-    suite.note = NOTE + "the share of exactly matching answers, in per cent; stsb: Spearman."
+    suite.note = note(suite.tasks, "the share of exactly matching answers, in per cent; stsb: Spearman")
     suite.features = lambda tower, batch: models.mean_state(tower.t5.encoder, batch)
     return suite
+
+
+def note(tasks: list[str], figures: str) -> str:
+    regressions = "".join(
+        f"{task} is a regression, about which entropy says nothing: it is merged, but not adapted to. "
+        for task in REGRESSIONS
+        if task in tasks
+    )
+    return f"{regressions}Figures are {figures}."
 
 
 def understood(task: str, text: str) -> float:

@@ -139,6 +139,13 @@ def test_glue_from_end_to_end(suite, started, tmp_path, monkeypatch, capsys):
     assert kept == {file: file.stat().st_mtime_ns for file in (folder / "cache").rglob("*.json")}  # none was made again
 
 
+def test_a_regression_alone_leaves_nothing_to_adapt_to(started, capsys):
+    assert started("roberta-glue", "--methods", "WEMoE", tasks=("stsb",))[0] == 2
+    assert "WEMoE adapts, but there is nothing to adapt to in stsb" in capsys.readouterr().err
+    assert started("roberta-glue", "--methods", "Pre-trained", tasks=("cola",))[0] == 0
+    assert "is a regression" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("suite", ["roberta-glue", "flan-t5-glue"])
 def test_published_figures_stand_beside_ours(suite, started, monkeypatch, capsys):
     for task, spec in GLUE.items():
