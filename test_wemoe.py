@@ -704,6 +704,13 @@ def test_adapt_is_adam_on_the_sum_over_tasks_with_cosine_annealing(objective, gr
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_gradients_of_what_the_optimizer_does_not_hold_are_forgotten():
+    model, loaders, heads = small_problem()
+    one, other = (block["mlp"].router for block in model.blocks)
+    adapt(model, loaders, heads, steps=2, optimizer=torch.optim.SGD(one.parameters(), 1e-2))
+    assert all(p.grad is None for p in (*one.parameters(), *other.parameters()))
+
+
 def test_information_keeps_adaptation_from_one_answer_to_everything():
     """Logits (2 λ_1 + λ_2 x, -λ_2 x): the first vector favours a class, the second one tells x = 1 from x = -1."""
     zeros, x = {"weight": torch.zeros(2, 1), "bias": torch.zeros(2)}, torch.tensor([[1.0], [-1.0]] * 4)

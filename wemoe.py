@@ -376,6 +376,7 @@ def adapt(
                 first_lr = group.setdefault("initial_lr", group["lr"])  # saved with the optimizer, to resume
                 group["lr"] = first_lr * cosine
             optimizer.zero_grad()
+            model.zero_grad()  # also what the optimizer does not hold
             entropies: dict[str, Tensor] = {}  # reported, whatever the objective is
             for task in loaders:
                 batch = next(batches[task])
@@ -390,6 +391,7 @@ def adapt(
             if on_step is not None:
                 on_step(step, by_task)
     optimizer.zero_grad()
+    model.zero_grad()
     return history
 
 
