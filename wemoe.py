@@ -74,7 +74,8 @@ def task_arithmetic(pretrained: Model, task_vectors: Models, scaling: float | li
 
     `task_vectors` may be a generator: with one λ for all, only one is in memory at a time. Sums are accumulated in
     float32 or better and returned in the dtype of θ_0; what task vectors skip is copied. Inputs are not modified.
-    Raises ValueError if there is not one λ for each task, or if a task vector's names or shapes are not those of θ_0.
+    Raises ValueError if there is not one finite λ for each task, for a model in the place of its task vector, and if a
+    task vector's names or shapes are not those of θ_0.
     """
     vectors = _members(task_vectors)
     scalings = torch.as_tensor(scaling, dtype=torch.float64).tolist()  # a float, or a list of floats
@@ -87,8 +88,7 @@ def task_arithmetic(pretrained: Model, task_vectors: Models, scaling: float | li
     theta_0 = _live_state(pretrained)
     merged = {name: p.detach().to(_at_least_float32(p), copy=True) for name, p in theta_0.items() if _is_weight(p)}
     for tau, lam in zip(vectors, scalings):
-        if isinstance(tau, nn.Module) or not math.isfinite(lam):
-            raise ValueError(f"Task arithmetic takes task vectors and finite λ, got a {type(tau).__name__} and {lam}.")
+        _check_term(tau, lam)
         _, entries = _matching_weights(merged, tau, "a task vector")
         for name, entry in entries.items():
             merged[name].add_(entry.to(merged[name]), alpha=lam)
@@ -106,7 +106,8 @@ class Router(nn.Module):
     no difference. Weights start as normal(0, 0.01) and the output bias as `init_lambda`: routing starts near task
     arithmetic. `parameters()` yields W1, b1, W2, b2 (or W, b; or b).
     With a `mask` (B, N), the mean is that of the tokens where it is not zero.
-    Raises ValueError for arguments that make no router and, unless its depth is 0, for inputs that are not (B, ..., D).
+    Raises ValueError for arguments that make no router and, unless its depth is 0, for inputs that are not (B, ..., D)
+    in floating point.
     """
 
     def __init__(self, hidden_size: int, num_tasks: int, depth: int = 2, init_lambda: float = 0.3):
@@ -228,6 +229,7 @@ class WEMoE(nn.Module):
 
         def merged_layer(part: nn.Module) -> nn.Module | None:
             its_vectors = [_part(vector, path_of[part]) for vector in vectors]
+            # Not where the weights are computed, from "weight_orig" say, or where there are more.
             if type(part) is nn.Linear and its_vectors[0].keys() in ({"weight"}, {"weight", "bias"}):
                 return (layer or MergedLinear)(part, its_vectors)
             return MergedLayer(part, its_vectors) if _has_own_weights(part, its_vectors[0]) else None
@@ -486,14 +488,14 @@ def _begin_pass(layer: MergedLayer, x: Tensor) -> None:
     if len(layer.lam) > 1 and len(x) not in (1, len(layer.lam)):
         what = f"{type(layer.layer).__name__} got {tuple(x.shape)} for {len(layer.lam)} samples"
         raise ValueError(f"{what}: route the module that it is in with layer=MergedLayer.")
+    if isinstance(layer.layer, nn.MultiheadAttention) and x.dim() == 2:  # one sample, to a dense layer
+        raise ValueError(f"Attention takes (B, N, D) in a routed module, got {tuple(x.shape)}.")
     layer.ran = True  # _run_with asks
     for part in layer.layer.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
             part.training = False  # one sample has no statistics: the merged ones serve
             if part.running_mean is None:
                 raise ValueError("Batch norm without running statistics cannot be routed: it would mix samples.")
-        if isinstance(part, nn.MultiheadAttention) and x.dim() == 2:
-            raise ValueError(f"Attention takes (B, N, D) in a routed module, got {tuple(x.shape)}.")
 
 
 def _reach_inside(wrapper: nn.Module, inner: str, name: str):
@@ -519,6 +521,7 @@ def _shallow_copy(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.M
     """A copy of the module with the same tensors and hooks in it; `copies` gets that of each part."""
     if module not in copies:
         copies[module] = used = object.__new__(type(module))
+        # What is compiled in place is the original: the copy runs as it is written.
         used.__dict__ = {name: value for name, value in vars(module).items() if name != "_compiled_call_impl"}
         if "forward" in vars(used):  # and would run the original, with θ_0
             raise RuntimeError(f"The forward of a {type(module).__name__} in a routed module was replaced: undo that.")
@@ -529,7 +532,7 @@ def _shallow_copy(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.M
 
 
 def _with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of the module, in which tensors are replaced by these. What it stores on itself is gone with it."""
+    """A copy of the module, in which tensors are replaced by these. What it stores is gone with it, caches, too."""
     copies: dict[nn.Module, nn.Module] = {}
     module = _shallow_copy(module, copies)
     for part in copies.values():
@@ -537,7 +540,7 @@ def _with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module
         _allow(part)
         for name, value in vars(part).items():
             if name not in _STRUCTURE and type(value) in (dict, list, set):
-                vars(part)[name] = copy.copy(value)  # as a cache of what was computed from weights
+                vars(part)[name] = copy.copy(value)
     for name, p in weights.items():
         path, _, entry = name.rpartition(".")
         part = module.get_submodule(path)
@@ -556,6 +559,7 @@ def _refuse(part: nn.Module, _args: tuple) -> None:
 
 
 def _allow(part: nn.Module) -> None:
+    """Take that hook away again."""
     hooks = part._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if hook is _refuse]:
         del hooks[key]
@@ -608,7 +612,10 @@ def _seeing(model: nn.Module, see: Callable[[str, Tensor], Tensor | None]) -> It
 
 
 class MergedLinear(MergedLayer, nn.Linear):
-    """A linear layer with weights of its own for each sample; to libraries, an nn.Linear. See MergedLayer."""
+    """A linear layer with weights of its own for each sample; to libraries, an nn.Linear. See MergedLayer.
+
+    It has first derivatives only. Raises ValueError for an input of another type than its weights, but for autocast.
+    """
 
     def __init__(self, linear: nn.Linear, vectors: list[dict[str, Tensor]]):
         # tau(0) is that of the matrix, tau(1) that of the bias, in whatever order the layer has them.
@@ -701,6 +708,7 @@ def set_token_mask(model: nn.Module, mask: Tensor | None) -> None:
 
     So padding does not matter. Models that take an `attention_mask` do this by themselves. None ends it. The mask is
     the model's, not a pass's: finish one text's backward pass before the next where activations are checkpointed.
+    Raises ValueError for a mask that is not (B, N); where the tokens are others than its own, it is not used.
     """
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         raise ValueError(f"A mask of tokens is a tensor (B, N), not {getattr(mask, 'shape', type(mask))}.")
@@ -799,6 +807,11 @@ def _at_least_float32(p: Tensor) -> torch.dtype:
 def _log_softmax(logits: Tensor) -> Tensor:
     log_p = F.log_softmax(logits, dim=-1, dtype=_at_least_float32(logits))
     return log_p.clamp_min(torch.finfo(log_p.dtype).min)  # 0 log 0 = 0, too, for a logit of -inf
+
+
+def _check_term(tau: Model, lam: float) -> None:
+    if not math.isfinite(lam) or (isinstance(tau, nn.Module) and not isinstance(tau, nn.ParameterDict)):
+        raise ValueError(f"Task arithmetic takes task vectors and finite λ, got a {type(tau).__name__} and {lam}.")
 
 
 def _is_weight(p: object) -> bool:

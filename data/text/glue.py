@@ -98,12 +98,9 @@ def flan_t5_glue_suite(arguments: argparse.Namespace) -> Suite:
 
 
 def note(tasks: list[str], figures: str) -> str:
-    regressions = "".join(
-        f"{task} is a regression, about which entropy says nothing: it is merged, but not adapted to. "
-        for task in REGRESSIONS
-        if task in tasks
-    )
-    return f"{regressions}Figures are {figures}."
+    """What a reader of the table has to know."""
+    why = "is a regression, about which entropy says nothing: it is merged, but not adapted to. "
+    return "".join(f"{task} {why}" for task in REGRESSIONS if task in tasks) + f"Figures are {figures}."
 
 
 def understood(task: str, text: str) -> float:
