@@ -1,12 +1,10 @@
-"""What must be true of wemoe.py: first the method, in the order of the file; then what other people's code does to it;
-then what is refused. Needs no network and no GPU.
+"""The specification of wemoe.py: what must be true of it, in its own order; last, what is refused. No network, no GPU.
 
 Properties come first: hypothesis draws shapes, numbers of tasks, router depths and seeds. Float32 tolerances: weights
 and activations are of order one and sums have some dozens of terms, so that rounding (6e-8 relative) stays below ATOL.
 """
 
 import copy
-import io
 import math
 import os
 import pickle
@@ -14,26 +12,23 @@ import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
-from unittest.mock import Mock
 
 import open_clip
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import wemoe
-from wemoe import MergedLayer, Router, WEMoE, adapt, routing_weights, task_arithmetic, task_vector, unload, upscale
+from wemoe import MergedLayer, Router, WEMoE, adapt, entropy, routing_weights, task_arithmetic, task_vector, upscale
 
 ATOL = 2e-5
 
@@ -41,43 +36,70 @@ settings.register_profile("default", max_examples=25, deadline=None, derandomize
 settings.register_profile("nightly", max_examples=1000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-seeds = st.integers(0, 2**16)
-sizes = st.integers(1, 6)
-task_numbers = st.integers(1, 4)
-batch_sizes = st.integers(1, 4)
-axes = st.lists(st.integers(1, 3), max_size=2)  # token or spatial axes
-depths = st.integers(0, 2)
+seeds, sizes, depths = st.integers(0, 2**16), st.integers(1, 6), st.integers(0, 2)
+task_numbers, batch_sizes = st.integers(1, 4), st.integers(1, 4)
+axes = st.lists(st.integers(1, 3), min_size=1, max_size=2)  # token or spatial axes
 
 
 # ---- Small modules, and the equation as a loop -----------------------------------------------------------------------
 
-
-class Gated(nn.Module):
-    """An MLP as Llama's: down(silu(gate x) * up x)."""
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.gate, self.up, self.down = (nn.Linear(size, size, bias=False) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
 MLPS = {
     "plain": lambda d: nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(), nn.Linear(2 * d, d)),
     "normed": lambda d: nn.Sequential(nn.Linear(d, d, bias=False), nn.LayerNorm(d), nn.ReLU(True), nn.Linear(d, d)),
-    "gated": Gated,
     "linear": lambda d: nn.Linear(d, d),
     "norm": nn.LayerNorm,
 }
 kinds = st.sampled_from(sorted(MLPS))
-ATTENTION = partial(nn.MultiheadAttention, num_heads=2, batch_first=True)
+
+
+class Made(nn.Module):
+    """Layers and parameters by name, and what a forward pass makes of them and its arguments."""
+
+    def __init__(self, run, **parts):
+        super().__init__()
+        self.run = run
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, *args, **kwargs):
+        return self.run(self, *args, **kwargs)
+
+
+class Block(nn.Module):
+    """Attention and an MLP, as in any transformer."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(size), MLPS["plain"](size)
+        self.attn = nn.MultiheadAttention(size, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        x = x + self.attn(h, h, h, need_weights=False)[0]
+        return x + self.mlp(x)
+
+
+class Fixed(nn.Module):
+    """A router whose weights are given: (T,) for all samples, or (B, T)."""
+
+    def __init__(self, lam: Tensor):
+        super().__init__()
+        self.lam = nn.Parameter(lam)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lam if self.lam.dim() == 2 else self.lam.expand(len(x), -1)
+
+
+def transformer() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 4), Block(4), Block(4), nn.Linear(4, 5))
 
 
 def randomised(module: nn.Module, scale: float = 0.5) -> nn.Module:
-    """The module with normally distributed parameters, biases and norms included."""
+    """The module with normally distributed parameters, biases and norms included, and statistics of batches."""
     for p in module.parameters():
         nn.init.normal_(p, std=scale)
+    for statistics in (p for name, p in module.named_buffers() if "running" in name):
+        nn.init.uniform_(statistics, 0.9, 1.1)
     return module
 
 
@@ -90,40 +112,6 @@ def several(make, tasks: int = 2, seed: int = 0) -> tuple[nn.Module, list[nn.Mod
 
 def family(kind: str, size: int, tasks: int, seed: int = 0) -> tuple[nn.Module, list[nn.Module]]:
     return several(lambda: MLPS[kind](size), tasks, seed)
-
-
-def varied(pretrained: nn.Module, chosen, tasks: int = 2) -> list[nn.Module]:
-    """Fine-tuned models that differ from the pre-trained one in the modules with the chosen names."""
-    finetuned = [copy.deepcopy(pretrained) for _ in range(tasks)]
-    for model in finetuned:
-        for name, module in model.named_modules():
-            if chosen(name):
-                randomised(module, 0.3)
-    return finetuned
-
-
-class Made(nn.Module):
-    """Layers, parameters and buffers by name, and what a forward pass makes of them and its arguments."""
-
-    def __init__(self, run, **parts):
-        super().__init__()
-        self.run = run
-        for name, part in parts.items():
-            self.register_buffer(name, part) if type(part) is Tensor else setattr(self, name, part)
-
-    def forward(self, *args, **kwargs):
-        return self.run(self, *args, **kwargs)
-
-
-class Fixed(nn.Module):
-    """A router whose weights are given: (T,) for all samples, or (B, T)."""
-
-    def __init__(self, lam: Tensor):
-        super().__init__()
-        self.lam = nn.Parameter(lam)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.lam if self.lam.dim() == 2 else self.lam.expand(len(x), -1)
 
 
 def expert(t: int, tasks: int = 2) -> Fixed:
@@ -165,7 +153,8 @@ same = partial(close, atol=0, rtol=0)
 def gradients(y: Tensor, *sources: Tensor | nn.Module) -> list[Tensor]:
     """Those of a sum with fixed weights of what y holds, in tensors and in whatever a module trains."""
     tensors = [p for s in sources for p in (s.parameters() if isinstance(s, nn.Module) else [s]) if p.requires_grad]
-    return list(torch.autograd.grad((y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum(), tensors))
+    weights = torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y)
+    return list(torch.autograd.grad((y * weights).sum(), tensors))
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
@@ -174,19 +163,28 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.fixture(params=[None, MergedLayer], ids=["tiles", "samples"])
 def layer(request):
-    """What linear layers become; data/test_baselines.py runs the tests that ask for it with forms of its own, too."""
+    """What linear layers become; data/test_methods.py runs the tests that ask for it with forms of its own, too."""
     return request.param
 
 
-torch.set_num_threads(1)  # small tensors gain nothing from more, and forks do not survive them
-torch.ones(1, requires_grad=True).sum().backward()  # nor do they survive an autograd engine that torch.compile starts
+torch.set_num_threads(1)  # small tensors gain nothing from more, and forks do not survive them,
+torch.ones(1, requires_grad=True).sum().backward()  # nor an autograd engine that torch.compile starts
 torch.manual_seed(0)
 X, Y = torch.randn(3, 5, 4), torch.randn(3, 5, 4)
 LAM = torch.rand(3, 2) / 2  # merged variances stay positive
+TOKENS = torch.randint(3, 19, (2, 5))
+whole = lambda name, _: name == ""  # noqa: E731
+
+
+def test_defaults_are_the_papers():
+    assert task_arithmetic.__defaults__ == (0.3,) and Router.__init__.__defaults__ == (2, 0.3)
+    assert upscale.__kwdefaults__ == dict(init_lambda=0.3, router_depth=2, modules=wemoe.MLP, layer=None)
+    assert adapt.__kwdefaults__ == dict(steps=1000, lr=1e-4, objective=entropy, anneal=True, on_step=None)
 
 
 def test_wemoe_needs_nothing_but_torch():
-    imports = re.findall(r"^(?:import|from) (\w+)", Path(wemoe.__file__).read_text(), re.MULTILINE)
+    with open(wemoe.__file__, encoding="utf-8") as file:
+        imports = re.findall(r"^(?:import|from) (\w+)", file.read(), re.MULTILINE)
     assert set(imports) - set(sys.stdlib_module_names) == {"torch"}
 
 
@@ -203,113 +201,76 @@ def test_task_arithmetic_is_its_formula_and_leaves_its_inputs_alone(kind, scalin
         close(merged[name], p + sum(lam * (model.state_dict()[name] - p) for lam, model in zip(scaling, finetuned)))
         assert merged[name].data_ptr() != p.data_ptr()
     same((pretrained.state_dict(), vectors), before)
+    same(task_arithmetic(pretrained.state_dict(), dict(enumerate(vectors)), scaling), merged)
 
 
-def test_task_arithmetic_by_hand():
-    vectors = [{"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([0.0, 2.0])}]
-    theta_0 = {"w": torch.tensor([10.0, 20.0]), "steps": torch.tensor(7)}
-    close(task_arithmetic(theta_0, vectors), {"w": torch.tensor([10.3, 20.6]), "steps": torch.tensor(7)})
-    assert task_arithmetic(theta_0, iter(vectors), 0.5)["w"].tolist() == [10.5, 21.0]
-    assert task_arithmetic(theta_0, dict(zip("ab", vectors)), torch.tensor([3, -1]))["w"].tolist() == [13.0, 18.0]
-    stored = nn.ModuleDict({task: nn.ParameterDict(tau) for task, tau in zip("ab", vectors)})
-    assert task_arithmetic(theta_0, stored, 0.5)["w"].tolist() == [10.5, 21.0]
-    one, small = ({"w": torch.tensor([2.0**i], dtype=torch.bfloat16)} for i in (0, -9))  # 1 + small = 1 in bfloat16,
-    same(task_arithmetic(one, [small] * 8, 1.0), {"w": one["w"] + 2**-6})  # sums are accumulated in float32
-
-
-def test_task_vectors_skip_counters_and_what_is_equal_and_keep_the_pretrained_dtype():
-    pretrained, finetuned = nn.BatchNorm1d(3), nn.BatchNorm1d(3).double()
-    finetuned(torch.randn(8, 3).double())
-    tau = task_vector(pretrained, finetuned)
-    names = ["weight", "bias", "running_mean", "running_var"]
-    assert {name: p.dtype for name, p in tau.items()} == dict.fromkeys(names, torch.float32)
-    merged = task_arithmetic(pretrained, [tau], 1.0)
-    assert merged["num_batches_tracked"] == 0
-    close(merged["running_mean"], finetuned.running_mean.float())
-    equal = {"w": torch.ones(1), "ids": torch.arange(2), "mask": torch.ones(2, dtype=torch.bool)}
-    assert list(task_vector(equal, equal | {"ids": torch.arange(2.0)})) == ["w"]
+def test_sums_are_accumulated_in_float32_counters_skipped_and_what_is_equal_has_no_task_vector():
+    theta_0 = {"w": torch.ones(1).bfloat16(), "mask": torch.full((2, 2), -math.inf).triu(1), "steps": torch.tensor(7)}
+    theta_t = theta_0 | {"w": torch.tensor([1 + 2**-7], dtype=torch.float64), "steps": torch.tensor(8)}
+    tau = task_vector(theta_0, theta_t)
+    assert list(tau) == ["w", "mask"] and tau["w"].dtype == torch.bfloat16 and not tau["mask"].any()
+    merged = task_arithmetic(theta_0, (tau for _ in range(8)), 0.25)  # in bfloat16, 1 + 0.25 τ = 1
+    same(merged, theta_0 | {"w": theta_0["w"] + 2**-6})
+    assert merged["steps"] is not theta_0["steps"]
 
 
 # ---- The router ------------------------------------------------------------------------------------------------------
 
 
-@given(depths, sizes, task_numbers, batch_sizes, axes, st.floats(-1, 1), seeds)
-def test_router_is_its_formula_averaged_over_tokens(depth, size, tasks, batch, tokens, init, seed):
+@given(depths, sizes, task_numbers, batch_sizes, axes, st.floats(-1, 1), st.booleans(), seeds)
+def test_router_is_its_formula_averaged_over_tokens(depth, size, tasks, batch, tokens, init, each, seed):
     torch.manual_seed(seed)
+    init = [init + t for t in range(tasks)] if each else init
     router, h = Router(size, tasks, depth, init), torch.randn(batch, *tokens, size)
     p = list(router.parameters())
     output, hidden_layer = [(tasks, size), (tasks,)], [(size, size), (size,)]
     assert [q.shape for q in p] == {0: output[1:], 1: output, 2: hidden_layer + output}[depth]
-    assert torch.equal(p[-1], torch.full((tasks,), init))
+    close(p[-1].detach(), torch.tensor(init).expand(tasks))
     assert depth < 2 or not p[1].any()
     randomised(router)
     for b in range(batch):
         rows = h[b].reshape(-1, size)
         hidden = torch.relu(rows @ p[0].T + p[1]) if depth == 2 else rows
         lam = hidden @ p[-2].T + p[-1] if depth else p[0].expand(len(rows), -1)
-        close(router(h)[b], lam.mean(0))
+        close(router(h).expand(batch, -1)[b], lam.mean(0))
 
 
-def test_routers_start_small_and_have_the_published_number_of_parameters():
-    """ViT-B/32: 12 routers of D = 768. Published in shared/facts, after FusionBench's documentation."""
+def test_routers_start_small():
     torch.manual_seed(0)
     assert all(0.008 < w.std() < 0.012 for w in Router(64, 64, 2).parameters() if w.dim() == 2)
-    for tasks, millions in enumerate([7.10, 7.11, 7.11, 7.12, 7.13, 7.14, 7.15, 7.16], 1):
-        assert round(12 * sum(p.numel() for p in Router(768, tasks).parameters()) / 1e6, 2) == millions
 
 
-# ---- The routed module -----------------------------------------------------------------------------------------------
+# ---- The routed module: the equation ---------------------------------------------------------------------------------
 
 
 @given(st.lists(kinds, min_size=1, max_size=3), sizes, task_numbers, batch_sizes, axes, depths, st.booleans(), seeds)
-def test_outputs_and_gradients_are_the_equation_sample_by_sample(parts, size, tasks, batch, tokens, depth, whole, seed):
+def test_outputs_and_gradients_are_the_equation_sample_by_sample(parts, size, tasks, batch, tokens, depth, each, seed):
     pretrained, finetuned = several(lambda: nn.Sequential(*(MLPS[kind](size) for kind in parts)).double(), tasks, seed)
     router = randomised(Router(size, tasks, depth).double(), 0.3)
-    module = WEMoE(pretrained, finetuned, router, layer=MergedLayer if whole else None)
+    module = WEMoE(pretrained, finetuned, router, layer=MergedLayer if each else None)
     x = torch.randn(batch, *tokens, size).double().requires_grad_()
-    y, expected = module(x), literal(pretrained, finetuned, router(x), x)
+    y, expected = module(x), literal(pretrained, finetuned, router(x).expand(batch, -1), x)
     close(y, expected)
     close(gradients(y, x, router), gradients(expected, x, router))
     same(module(x), y)
+    assert set(trained(module)) == {f"router.{name}" for name, _ in router.named_parameters()}
 
 
-@given(kinds, task_numbers, batch_sizes, st.floats(-1, 1), seeds)
-def test_one_hot_zero_and_constant_routers_give_an_expert_the_pretrained_module_and_task_arithmetic(
-    kind, tasks, batch, lam, seed
-):
+@given(kinds, task_numbers, batch_sizes, st.floats(-1, 1), st.booleans(), seeds)
+def test_one_hot_zero_and_constant_routers_give_what_they_should(kind, tasks, batch, lam, each, seed):
     pretrained, finetuned = family(kind, 4, tasks, seed)
-    x = torch.randn(batch, 3, 4)
+    x, route = torch.randn(batch, 3, 4), partial(WEMoE, pretrained, finetuned, layer=MergedLayer if each else None)
     for t in range(tasks):
-        close(WEMoE(pretrained, finetuned, expert(t, tasks))(x), finetuned[t](x))
-    close(WEMoE(pretrained, finetuned, Fixed(torch.zeros(tasks)))(x), pretrained(x))
+        close(route(expert(t, tasks))(x), finetuned[t](x))
+    close(route(Fixed(torch.zeros(tasks)))(x), pretrained(x))
     merged = task_arithmetic(pretrained, [task_vector(pretrained, model) for model in finetuned], lam)
-    close(WEMoE(pretrained, finetuned, Router(4, tasks, 0, lam))(x), functional_call(pretrained, merged, (x,)))
+    close(route(Router(4, tasks, 0, lam))(x), functional_call(pretrained, merged, (x,)))
 
 
 def test_a_constant_router_merges_once_for_all_samples():
-    ran = []
-    make = lambda: Made(lambda self, x: ran.append(1) or x * self.w, w=nn.Parameter(torch.ones(4)))  # noqa: E731
+    ran, make = [], lambda: Made(lambda self, x: ran.append(1) or x * self.w, w=nn.Parameter(torch.ones(4)))
     WEMoE(make(), [make(), make()], Router(4, 2, 0))(X)
     assert len(ran) == 1
-
-
-class Normed(nn.Module):
-    """Batch normalisation, tied weights, a shared submodule, a frozen, an unused and an adapted parameter."""
-
-    def __init__(self, size: int = 4):
-        super().__init__()
-        self.up, self.down, self.norm = nn.Linear(size, size), nn.Linear(size, size), nn.BatchNorm1d(size)
-        self.down.weight = self.up.weight
-        self.again = self.up
-        self.a, self.b = nn.Parameter(torch.randn(size, 2)), nn.Parameter(torch.randn(2, size))  # as LoRA's
-        self.unused = nn.Parameter(torch.zeros(3))
-        self.up.bias.requires_grad_(False)
-        self.register_buffer("position_ids", torch.arange(size))
-        self.norm.running_var.uniform_(0.5, 2), self.norm.running_mean.normal_()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x[:, self.position_ids]
-        return self.down(self.again(self.norm(self.up(x)))) + x @ self.a @ self.b
 
 
 def tied() -> Made:
@@ -318,188 +279,97 @@ def tied() -> Made:
     return module
 
 
-def scaled(fc: nn.Module, scale: Tensor) -> Made:
-    return Made(lambda self, x: self.fc(x) * self.scale, fc=fc, scale=scale)
-
-
-def bias_first(linear: nn.Linear) -> nn.Linear:
-    """As pruning and the old weight_norm leave it."""
-    linear._parameters = dict(reversed(linear._parameters.items()))
-    return linear
-
-
-def cached(self, x: Tensor) -> Tensor:
-    """As the attention biases of LeViT, which stay for the next pass."""
-    return x + self.cache.setdefault("bias", self.w.exp())
-
-
-weight_norm, orthogonal = nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal
+weight_norm = nn.utils.parametrizations.weight_norm
 LAYERS = {  # of every kind: those that hold weights by themselves, and those whose weights are computed
     "tied": tied,
-    "batch norm": Normed,
-    "batch norm, evaluated": lambda: Normed().eval(),
-    "a buffer that is trained": lambda: scaled(nn.Linear(4, 4), torch.randn(4)),
+    "batch norm": lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(5).eval()),
     "convolution": lambda: nn.Sequential(nn.Conv1d(5, 4, 3), nn.GroupNorm(2, 4), nn.Conv1d(4, 2, 1)),
     "activation": lambda: nn.Sequential(nn.Linear(4, 4), nn.PReLU(), nn.RMSNorm(4)),
-    "dropout that is off": lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout(1.0).eval(), nn.LayerNorm(4)),
-    "parametrised inside": lambda: scaled(weight_norm(nn.Linear(4, 4)), nn.Parameter(torch.randn(4))),
-    "weight_norm": lambda: nn.Sequential(weight_norm(nn.Linear(4, 4))),
-    "orthogonal": lambda: nn.Sequential(orthogonal(nn.Linear(4, 4))),
-    "spectral_norm": lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 4))).eval(),  # by a hook
-    "bias before weight": lambda: nn.Sequential(bias_first(nn.Linear(4, 4)), nn.Linear(4, 4)),
-    "a cache of what is computed": lambda: Made(cached, w=nn.Parameter(torch.randn(4)), cache={}),
-    "named otherwise in the state dict": lambda: nn.Sequential(checkpoint_wrapper(nn.Linear(4, 4)), nn.LayerNorm(4)),
-    "a name with a slash": lambda: Made(
-        lambda self, x: self.fc["mlp/x"](x), fc=nn.ModuleDict({"mlp/x": nn.Linear(4, 4)})
-    ),
+    "parametrised": lambda: nn.Sequential(weight_norm(nn.Linear(4, 4))),
+    "both": lambda: Made(lambda self, x: self.fc(x) * self.w, fc=nn.Linear(4, 4), w=nn.Parameter(torch.ones(4))),
     **{kind: partial(make, 4) for kind, make in MLPS.items()},
 }
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", LAYERS)
 def test_layers_of_every_kind_are_merged_before_anything_is_computed_from_them(kind, layer):
-    torch.manual_seed(0)
-    pretrained, *finetuned = (LAYERS[kind]() for _ in range(3))
-    for part in pretrained.modules():
-        part.register_forward_hook(lambda *_: None)
+    pretrained, finetuned = several(LAYERS[kind])
     for router in (Fixed(LAM.clone()), Router(4, 2, 0)):  # each sample its own λ; one for all, merged once
         module = WEMoE(pretrained, finetuned, router, layer=layer)
         before, modes = copy.deepcopy(module.state_dict()), [part.training for part in module.modules()]
-        y, expected = module(X), literal(copy.deepcopy(pretrained).eval(), finetuned, router(X), X)
+        y, expected = module(X), literal(pretrained, finetuned, router(X).expand(3, -1), X)
         close(y, expected, 1e-4)
         close(gradients(y, router), gradients(expected, router), 1e-2)
         with torch.no_grad():
             close(module(X), y, 1e-4)
-        same(module.state_dict(), before)  # no statistics of one sample
+        same(module.state_dict(), before)
         assert [part.training for part in module.modules()] == modes
-        assert module.training == module.pretrained.training == pretrained.training
-    module.routing.register_forward_hook(lambda *_: LAM)  # a hook may give each sample a λ of its own
-    close(module(X), literal(copy.deepcopy(pretrained).eval(), finetuned, LAM, X), 1e-4)
-    dense = unload(copy.deepcopy(module).requires_grad_(True))  # the constant one is merged for good
-    close(dense.eval()(X), y, 1e-4)
+    dense = wemoe.unload(module)  # the constant one is merged for good
+    close(dense(X), y, 1e-4)
     assert dense.state_dict().keys() == pretrained.state_dict().keys()
     assert [type(part) for part in dense.modules()] == [type(part) for part in pretrained.modules()]
-    assert all(len(part._forward_hooks) == 1 for part in dense.modules())
     same(module.state_dict(), before)
-    assert not any(isinstance(p, nn.Parameter) for p in dense.buffers())
 
 
 def test_tiles_of_rows_and_samples_cover_everything():
-    pretrained, *finetuned = (nn.Linear(100_000, 2).double() for _ in range(2))  # a tile holds one row, 16 samples
+    pretrained, *finetuned = (nn.Linear(100_000, 2).double() for _ in range(2))  # far more than a tile holds
     module, x = WEMoE(pretrained, finetuned, Fixed(torch.rand(17, 1).double())), torch.randn(17, 1, 100_000).double()
     x.requires_grad_()
     y, expected = module(x), literal(pretrained, finetuned, module.router(x), x)
     close([y, *gradients(y, x, module)], [expected, *gradients(expected, x, module)])
 
 
-@pytest.mark.parametrize("kind", ["plain", "gated", "attention"])
-def test_merged_weights_are_not_kept_for_the_backward_pass(kind):
-    make = MLPS.get(kind, ATTENTION)
-    models, x, kept = [make(32) for _ in range(3)], torch.randn(16, 2, 32, requires_grad=True), {}
-    module = WEMoE(models[0], models[1:], Router(32, 2))
+def test_merged_weights_are_not_kept_for_the_backward_pass(layer):
+    pretrained, finetuned = family("plain", 32, 2)
+    module, kept = WEMoE(pretrained, finetuned, Router(32, 2), layer=layer), {}
 
     def keep(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        y = module(x, x, x)[0] if kind == "attention" else module(x)
+        y = module(torch.randn(16, 2, 32, requires_grad=True))
     for p in module.parameters():
         kept.pop(p.untyped_storage().data_ptr(), None)
-    assert sum(kept.values()) < 16 * sum(p.nbytes for p in models[0].parameters()) / 2
+    assert sum(kept.values()) < 16 * sum(p.nbytes for p in pretrained.parameters()) / 2
     assert all(gradient.any() for gradient in gradients(y, module))
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("batch", [1, 2, 4])
-def test_attention_with_its_further_arguments_and_outputs(training, batch):
-    pretrained, finetuned = several(lambda: ATTENTION(4).train(training))
-    q, k, mask = torch.randn(batch, 3, 4), torch.randn(batch, 5, 4), torch.ones(3, 5, dtype=torch.bool).triu(1)
-    padding = torch.tensor([[False] * 4 + [True]] * batch)
-    module = WEMoE(pretrained, finetuned, expert(1))
-    for grad in (True, False):  # without gradients, attention takes a shorter way
-        with torch.set_grad_enabled(grad):
-            close(*(m(q, k, value=k, attn_mask=mask, key_padding_mask=padding) for m in (module, finetuned[1])))
-            assert module(q, k, k, need_weights=False)[1] is None
+class Named(nn.Linear):
+    def forward(self, hidden_states: Tensor, other: Tensor | None = None, scale: float = 1.0) -> dict:
+        y = super().forward(hidden_states) * scale + (0 if other is None else other)
+        return {"out": y, "pair": (None, y.mean(-1)), "n": 3}
 
 
-def test_the_input_may_be_given_by_name_and_outputs_may_be_nested(layer):
-    def run(self, hidden_states, scale=1.0, bias=None):
-        return {"out": self.fc(hidden_states) * scale + bias, "pair": (None, hidden_states.mean(-1)), "n": 3}
-
-    pretrained, finetuned = several(lambda: Made(run, fc=nn.Linear(4, 4)))
-    module = WEMoE(pretrained, finetuned, expert(1), layer=layer)
-    close(*(m(hidden_states=X, scale=2.0, bias=torch.ones(4)) for m in (module, finetuned[1])))
-
-
-def test_dropout_is_the_same_when_weights_are_merged_again():
-    pretrained, finetuned = several(lambda: nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.LayerNorm(8)))
-    module, found = WEMoE(pretrained, finetuned, Fixed(LAM.clone()), layer=MergedLayer), []
-    for run in (module, lambda x: literal(pretrained, finetuned, module.router(x), x)):
-        torch.manual_seed(1)
-        y = run(X)
-        torch.manual_seed(2)
-        found.append([y, *gradients(y, module)])
-    close(*found, atol=1e-3)
+def test_the_router_sees_the_first_parameter_of_forward_however_it_is_passed(layer):
+    pretrained, finetuned = several(partial(Named, 4, 4))
+    module = WEMoE(pretrained, finetuned, randomised(Router(4, 2)), layer=layer)
+    results = module(X, Y, 2.0), module(X, scale=2.0, other=Y), module(other=Y, scale=2.0, hidden_states=X)
+    module.router = Fixed(module.router(X).detach())
+    close(results, (module(X, Y, 2.0),) * 3)
 
 
-def test_attention_within_what_takes_two_axes_is_no_attention_on_two_axes():
-    """As in a text tower that is merged as a whole: its input is token ids (B, N), or features (B, D)."""
-
-    def run(self, x: Tensor) -> Tensor:
-        h = x[:, None] * self.w
-        return self.attn(h, h, h)[0]
-
-    pretrained, finetuned = several(lambda: Made(run, attn=ATTENTION(4), w=nn.Parameter(torch.ones(4))))
-    close(WEMoE(pretrained, finetuned, expert(1), layer=MergedLayer)(X[:, 0]), finetuned[1](X[:, 0]))
-
-
-UNUSUAL = {  # ways to use a layer `fc` that its merged form cannot follow
-    "sees tokens, not samples": lambda self, h: self.fc(h.flatten(0, 1)).view_as(h),
-    "is read, and does not run": lambda self, h: F.linear(h, self.fc.weight, self.fc.bias),
-    "is read and runs, as in a tied autoencoder": lambda self, h: F.linear(self.fc(h), self.fc.weight.T),
-    "sees some tokens, as an expert does": lambda self, h: h.masked_scatter(h[..., :1] > 0, self.fc(h[h[..., 0] > 0])),
-}
+def test_hooks_see_what_those_of_a_dense_module_see():
+    pretrained, finetuned = family("plain", 4, 2)
+    module, seen = WEMoE(pretrained, finetuned, expert(0)), []
+    for part in (module, module.pretrained[0], finetuned[0], finetuned[0][0]):
+        part.register_forward_hook(lambda part, inputs, output: seen.append(output))
+    module(X), finetuned[0](X)
+    close(seen[:2], seen[2:])
+    module.pretrained[0].register_forward_pre_hook(lambda part, inputs: (0 * inputs[0],))
+    close(module(X), finetuned[0](0 * X))
 
 
-@pytest.mark.parametrize("use", UNUSUAL)
-def test_a_module_that_is_not_made_of_layers_is_refused_or_right_and_runs_whole(use):
-    pretrained, finetuned = several(lambda: Made(UNUSUAL[use], fc=nn.Linear(4, 4)))
-    module = WEMoE(pretrained, finetuned, expert(1))
-    try:
-        y = module(X)
-    except (ValueError, RuntimeError) as error:
-        assert "layer=MergedLayer" in str(error)
-    else:  # what is read from outside is NaN
-        assert y.isnan().all() if "autoencoder" in use else torch.allclose(y, finetuned[1](X), atol=1e-4)
-    assert module.pretrained.fc.weight.dtype == torch.float32
-    close(WEMoE(pretrained, finetuned, expert(1), layer=MergedLayer)(X), finetuned[1](X), 1e-4)
+def test_the_wrapped_module_stays_in_reach_but_the_numbers_of_its_weights_do_not():
+    module = WEMoE(*several(lambda: Made(None, fc=nn.Linear(4, 4, bias=False))), Router(4, 2))
+    weight = module.fc.weight  # as libraries ask
+    assert (weight.dtype, weight.device.type, weight.shape) == (torch.float32, "cpu", (4, 4))
+    assert weight.isnan().all() and module.fc.bias is None
+    with pytest.raises(AttributeError, match="nothing"):
+        module.nothing  # noqa: B018
 
 
-DEGENERATE = {
-    "zero": lambda p, q: p,
-    "constant": lambda p, q: p + 0.5,
-    "identical": lambda p, q: q,
-    "tiny": lambda p, q: p * (1 + 1e-30) + 1e-42,
-    "ill-conditioned": lambda p, q: p + torch.logspace(-37, 6, p.numel()).view_as(p),
-}
-
-
-def degenerate(name: str) -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    pretrained, (one,) = family("plain", 6, 1)
-    states = zip(pretrained.state_dict().items(), one.state_dict().values())
-    return pretrained, [{key: DEGENERATE[name](p, q) for (key, p), q in states}] * 3
-
-
-@pytest.mark.parametrize("name", DEGENERATE)
-def test_degenerate_task_vectors_give_finite_models(name, layer):
-    pretrained, finetuned = degenerate(name)
-    vectors = [task_vector(pretrained, state) for state in finetuned]
-    assert all(p.isfinite().all() for p in task_arithmetic(pretrained, vectors).values())
-    module = WEMoE(pretrained, finetuned, Router(6, 3), layer=layer)
-    y = module(1e-3 * torch.randn(4, 2, 6))
-    assert all(result.isfinite().all() for result in (y, *gradients(y, module)))
+# ---- Precision and devices -------------------------------------------------------------------------------------------
 
 
 def plain(layer=None) -> tuple[WEMoE, Tensor]:
@@ -507,10 +377,9 @@ def plain(layer=None) -> tuple[WEMoE, Tensor]:
 
 
 @pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-5), (torch.bfloat16, 0.1), (torch.float16, 0.02)])
-@pytest.mark.parametrize("batch", [1, 4])
-def test_other_types(layer, dtype, atol, batch):
+def test_other_types(layer, dtype, atol):
     module, x = plain(layer)
-    converted, x = copy.deepcopy(module).to(dtype), x[:batch]
+    converted = copy.deepcopy(module).to(dtype)
     y = converted(x.to(dtype))
     assert y.dtype == dtype
     close(y.float(), module(x), atol, rtol=0.05)
@@ -518,7 +387,7 @@ def test_other_types(layer, dtype, atol, batch):
     assert all(p.grad.isfinite().all() and p.grad.any() for p in converted.router.parameters())
 
 
-@pytest.mark.parametrize("kind", ["plain", "normed", "gated"])
+@pytest.mark.parametrize("kind", ["plain", "normed"])
 def test_bfloat16_autocast_gives_the_type_of_a_dense_module_and_nearly_the_same(kind, layer):
     pretrained, finetuned = family(kind, 8, 2)
     module, x = WEMoE(pretrained, finetuned, expert(0), layer=layer), torch.randn(4, 5, 8)
@@ -531,128 +400,172 @@ def test_bfloat16_autocast_gives_the_type_of_a_dense_module_and_nearly_the_same(
     close(y.float(), module(x), 0.1, rtol=0.05)
     ours, theirs = (torch.autograd.grad(out.float().square().mean(), module.router.lam)[0] for out in (y, module(x)))
     close(ours, theirs, 0.05, rtol=0.1)
-    module, x = module.double(), x.double()
-    with torch.autocast("cpu", torch.bfloat16):  # leaves float64 as it is
-        same(module(x), module(x).double())
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_autocast_does_not_round_the_routing_weights_and_five_steps_of_adam_are_seen(depth):
+    model, x = upscale(*family("plain", 32, 2), modules=whole, router_depth=depth), torch.randn(8, 3, 32)
+    with routing_weights(model) as exact:
+        model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        with routing_weights(model) as found:
+            before = model(x)
+        adapt(model, {"a": [x]}, {"a": lambda z: z.mean(1)}, steps=5)
+        assert not torch.equal(model(x), before)
+    close(found, exact, 1e-6)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_gives_what_the_cpu_gives(layer):
     module, x = plain(layer)
-    close(module.cuda()(x.cuda()).cpu(), module.cpu()(x), 1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4)])
-@pytest.mark.parametrize("kind", MLPS)
-def test_no_samples_or_no_tokens_give_none(kind, shape, layer):
-    pretrained, finetuned = family(kind, 4, 2)
-    for router in (Router(4, 2, 0), Router(4, 2, 1), Router(4, 2), Fixed(LAM)):
-        y = WEMoE(pretrained, finetuned, router, layer=layer)(torch.zeros(shape))
-        assert y.shape == pretrained(torch.zeros(shape)).shape
-
-
-def test_the_wrapped_module_stays_in_reach():
-    module, _ = plain()
-    assert getattr(module, "0") is module.pretrained[0] and isinstance(module.pretrained[0], nn.Linear)
-    assert module.pretrained[0].weight.dtype == torch.float32  # as libraries ask
-    assert wrapped(LINEAR4).in_features == 4
+    expected, found = (
+        [y := m(x.to(d)), *gradients(y, m)] for d in ("cpu", "cuda") for m in [copy.deepcopy(module).to(d)]
+    )
+    close([p.cpu() for p in found], expected, 1e-3, rtol=1e-3)
 
 
 # ---- Upscaling -------------------------------------------------------------------------------------------------------
 
 
-class Transformer(nn.Module):
-    """Two blocks of attention and an MLP, with a head, like any vision transformer without the vision."""
-
-    def __init__(self, size: int = 4):
-        super().__init__()
-        self.embed, self.head = nn.Linear(3, size), nn.Linear(size, 5)
-        self.position = nn.Parameter(torch.randn(size))
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict({
-                "norm": nn.LayerNorm(size),
-                "attn": nn.MultiheadAttention(size, 2, batch_first=True),
-                "mlp": nn.Sequential(nn.Linear(size, 6), nn.GELU(), nn.Linear(6, size)),
-            }) for _ in range(2)
-        )  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x) + self.position
-        for block in self.blocks:
-            h = block["norm"](x)
-            x = x + block["attn"](h, h, h, need_weights=False)[0]
-            x = x + block["mlp"](x)
-        return self.head(x.mean(1))
-
-
-@given(st.floats(-1, 1), task_numbers, depths, seeds)
-def test_upscaled_models_start_from_task_arithmetic_and_everything_else_stays_there(lam, tasks, depth, seed):
-    torch.manual_seed(seed)
-    pretrained, *finetuned = (Transformer() for _ in range(tasks + 1))
+@given(st.lists(st.floats(-1, 1), min_size=1, max_size=3), st.booleans(), depths, seeds)
+def test_upscaled_models_start_from_task_arithmetic_and_everything_else_stays_there(lam, each, depth, seed):
+    tasks, lam = len(lam), lam if each else lam[0]
+    pretrained, finetuned = several(transformer, tasks, seed)
     merged = task_arithmetic(pretrained, [task_vector(pretrained, model) for model in finetuned], lam)
     before = copy.deepcopy([model.state_dict() for model in (pretrained, *finetuned)])
-    options = dict(init_lambda=lam, router_depth=depth, modules="mlp")  # of an MLP and the layers in it, the outermost
-    model = upscale(pretrained, dict(enumerate(finetuned)), **options)
+    model = upscale(pretrained, finetuned, init_lambda=lam, router_depth=depth, modules="mlp")  # the outermost
+    assert list(routed(model)) == ["1.mlp", "2.mlp"]
     for name, p in model.named_parameters():
         assert p.requires_grad == (".router." in name)
         if ".router." not in name and ".mlp." not in name:
-            close(p, merged[name])
-    sizes = [sum(p.numel() for p in m.parameters()) for m in (model, pretrained, pretrained.blocks[0]["mlp"])]
-    assert sizes[0] == sizes[1] + 2 * tasks * sizes[2] + sum(p.numel() for p in trained(model).values())
+            close(p.detach(), merged[name])
     for module in routed(model).values():
-        assert module.router.depth == depth and (list(module.router.parameters())[-1] == lam).all()
+        close(list(module.router.parameters())[-1].detach(), torch.tensor(lam).expand(tasks))
     if depth == 0:
-        close(unload(model).state_dict(), merged)
-    x = torch.randn(2, 3, 3)
-    set_router(model, Fixed(torch.full((tasks,), lam)))
-    close(model(x), functional_call(pretrained, merged, (x,)), 1e-4)
+        close(model(X[..., :3]), functional_call(pretrained, merged, (X[..., :3],)), 1e-4)
+        close(wemoe.unload(model).state_dict(), merged)
     same([m.state_dict() for m in (pretrained, *finetuned)], before)
 
 
 def test_models_come_in_any_container_and_modules_are_chosen_by_any_predicate():
     pretrained, (a, b) = family("plain", 4, 2)
-    named, outputs = {"a": a, "b": b}, []
+    named = {"a": a, "b": b}
     for models in ([a, b], iter([a, b]), named, nn.ModuleDict(named), [a.state_dict(), b.state_dict()]):
-        torch.manual_seed(0)
         model = upscale(pretrained, models, modules=lambda _, module: isinstance(module, nn.Linear))
-        outputs.append(model(X))
         set_router(model, expert(1))
         close(model(X), b(X))
-    same(outputs[1:], outputs[:1] * 4)
+        assert list(routed(model)) == ["0", "2"]
 
 
-class Activation(nn.Module):
-    forward = staticmethod(F.gelu)  # which has no signature
+# ---- verify: every library, and each of its sentences made to fail ---------------------------------------------------
+
+SIZES = dict(hidden_size=8, intermediate_size=16, num_attention_heads=2, num_hidden_layers=2)
+VISION, TEXT = dict(image_size=8, patch_size=4, **SIZES), dict(vocab_size=20, max_position_embeddings=32, **SIZES)
+IMAGES = torch.randn(2, 3, 8, 8)
+PADDED = dict(input_ids=TOKENS, attention_mask=torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]))
 
 
-def test_lists_of_modules_are_routed_one_by_one():
-    def make() -> Made:
-        mlp = nn.ModuleList([nn.Linear(4, 4), Activation(), nn.Linear(4, 4)])
-        return Made(lambda self, x: self.mlp[2](self.mlp[1](self.mlp[0](x))), mlp=mlp)
-
-    pretrained, finetuned = several(make)
-    model = upscale(pretrained, finetuned, modules="mlp")
-    set_router(model, expert(1))
-    assert list(routed(model)) == ["mlp.0", "mlp.2"]
-    close(model(X), finetuned[1](X))
+def hugging_face(name: str, **options) -> nn.Module:
+    model = getattr(transformers, name)
+    return model(model.config_class(bos_token_id=0, eos_token_id=19, **options))
 
 
-def test_state_that_is_no_tensor_is_kept():
-    class Extra(nn.Linear):
-        def get_extra_state(self):
-            return {"version": [1]}
+LIBRARIES = {  # a small model, its input, and of how many modules a choice is; None is that of all MLPs
+    "open_clip": (
+        lambda: open_clip.CLIP(4, dict(image_size=8, patch_size=4, width=8, layers=2, head_width=4),
+                               dict(context_length=5, vocab_size=20, width=8, heads=2, layers=1)).visual,
+        IMAGES, {None: 2, r"(mlp|attn)$": 4, r"resblocks\.\d+$": 2}),
+    "timm": (
+        lambda: timm.models.VisionTransformer(8, 4, embed_dim=8, depth=2, num_heads=2, num_classes=3),
+        IMAGES, {None: 2, r"(mlp|\.attn)$": 4, r"blocks\.\d+$": 2}),
+    "torchvision": (
+        lambda: torchvision.models.VisionTransformer(8, 4, 2, 2, 8, 16),
+        IMAGES, {None: 2, r"(mlp|self_attention)$": 4, r"encoder_layer_\d+$": 2}),
+    "ViT": (
+        lambda: hugging_face("ViTModel", **VISION),
+        dict(pixel_values=IMAGES), {None: 2, r"(mlp|attention)$": 4, r"layers\.\d+$": 2}),
+    "BERT": (
+        lambda: hugging_face("BertModel", **TEXT),
+        PADDED, {r"layer\.\d+\.(intermediate|output)$": 4, r"attention$": 2, r"layer\.\d+$": 2}),
+    "T5": (
+        lambda: hugging_face("T5ForConditionalGeneration", d_model=8, d_ff=16, d_kv=4, num_heads=2, vocab_size=20,
+                             num_layers=1, num_decoder_layers=1, feed_forward_proj="gated-gelu"),
+        dict(decoder_input_ids=TOKENS, use_cache=False, **PADDED), {None: 2}),
+    "Llama": (
+        lambda: hugging_face("LlamaForCausalLM", num_key_value_heads=2, **TEXT),
+        dict(use_cache=False, **PADDED), {None: 2, r"(mlp|self_attn)$": 4, r"layers\.\d+$": 2}),
+    "LeViT": (
+        lambda: timm.models.levit.Levit(32, embed_dim=(8,), key_dim=4, depth=(1,), num_heads=(2,)),
+        torch.randn(2, 3, 32, 32), {None: 1, r"blocks\.0$": 1}),
+    "Swin": (
+        lambda: timm.models.SwinTransformer(32, 2, embed_dim=8, depths=(1,), num_heads=(2,), window_size=4),
+        torch.randn(2, 3, 32, 32), {r"blocks\.0$": 1}),
+}  # fmt: skip
 
-        def set_extra_state(self, state):
-            self.state = state
 
-    models = [nn.Sequential(Extra(4, 4), nn.Linear(4, 4)) for _ in range(2)]
-    assert upscale(models[0], models[1:], modules="1")[0].state == {"version": [1]}
+@pytest.mark.parametrize("library, modules", [(name, choice) for name in LIBRARIES for choice in LIBRARIES[name][2]])
+def test_the_common_libraries_are_verified(library, modules):
+    make, batch, choices = LIBRARIES[library]
+    pretrained, finetuned = several(lambda: make().eval())
+    before = copy.deepcopy([model.state_dict() for model in (pretrained, *finetuned)])
+    options = {"modules": modules} if modules else {}
+    assert len(routed(upscale(pretrained, finetuned, **options))) == choices[modules]
+    if library in ("LeViT", "Swin"):  # reshape the batch: tokens of all samples to batch norm, windows to attention
+        with pytest.raises((AssertionError, ValueError)):
+            wemoe.verify(pretrained, finetuned, batch, **options)
+        options["layer"] = MergedLayer
+    wemoe.verify(pretrained, finetuned, batch, **options)
+    same([model.state_dict() for model in (pretrained, *finetuned)], before)
+
+
+def parent(run=lambda self, x: self.mlp(x), change=lambda self: None, norm=None) -> Made:
+    """A model whose MLP is routed, and which calls it as `run` does."""
+    change(module := Made(run, mlp=MLPS["plain"](4), norm=norm))
+    return module
+
+
+NORM = nn.BatchNorm1d(5, affine=False, track_running_stats=False)
+BROKEN = {  # what verify says of models that upscaling would get wrong
+    "list": ("'mlp' gave 0 rows", lambda self, x: self.calls[0](x), lambda self: vars(self).update(calls=[self.mlp])),
+    "method": ("gave 0 rows", lambda self, x: self.call(x), lambda self: vars(self).update(call=self.mlp.forward)),
+    "not called": ("'mlp' gave 0 rows", lambda self, x: x),
+    "forward replaced": (
+        "model 0 alone, .* off by", lambda self, x: self.mlp(x),
+        lambda self: vars(self.mlp).update(forward=lambda x, mlp=self.mlp: mlp[2](mlp[1](mlp[0](x)))),
+    ),
+    "weights read": ("model 0 alone, .* off by nan", lambda self, x: self.mlp(x) @ getattr(self.mlp, "0").weight.T),
+    "tokens first": ("'mlp' gave 5 rows", lambda self, x: self.mlp(x.transpose(0, 1)).transpose(0, 1)),
+    "samples in one row": ("'mlp' gave 1 rows", lambda self, x: self.mlp(x.view(1, 15, 4)).view(3, 5, 4)),
+    "samples compared": ("sample 0 alone, .* off by", lambda self, x: self.mlp(x - x.mean(0))),
+    "statistics of the batch": ("sample 0 alone, .* off by", lambda self, x: self.norm(self.mlp(x)), id, NORM),
+    "not finite": ("off by nan", lambda self, x: self.mlp(x).sqrt()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_upscaling_would_get_wrong_is_found(what):
+    sentence, *how = BROKEN[what]
+    with pytest.raises(AssertionError, match=sentence):
+        wemoe.verify(*several(lambda: parent(*how)), X)
+
+
+def test_another_function_and_a_variance_below_zero_are_found():
+    models = [parent(lambda self, x, act=act: act(self.mlp(x))) for act in (F.relu, F.relu, F.gelu)]
+    pretrained, finetuned = models[0], models[1:]
+    wemoe.verify(pretrained, finetuned[:1], X)
+    with pytest.raises(AssertionError, match="model 1 alone"):
+        wemoe.verify(pretrained, finetuned, X)
+    norms = [parent(lambda self, x: self.norm(self.mlp(x)), id, nn.BatchNorm1d(5)) for _ in range(9)]
+    for model in norms[1:]:
+        model.norm.running_var.fill_(0.3)
+    with pytest.raises(AssertionError, match="sample 0 alone, .* off by nan"):  # of eight tasks, 1 - 8 · 0.3 · 0.7 < 0
+        wemoe.verify(norms[0], norms[1:], X)
 
 
 # ---- Test-time adaptation --------------------------------------------------------------------------------------------
 
 
-@given(st.integers(1, 6), st.integers(1, 12), st.sampled_from([0, 0.1, 1, 10, 1e3, 1e6]), st.integers(0, 3), seeds)
+@given(st.integers(1, 6), st.integers(2, 12), st.sampled_from([0, 0.1, 1, 10, 1e3, 1e6]), st.integers(0, 3), seeds)
 def test_entropy_and_its_gradient_against_float64(batch, classes, scale, masked, seed):
     torch.manual_seed(seed)
     logits = scale * torch.randn(batch, classes)
@@ -661,137 +574,71 @@ def test_entropy_and_its_gradient_against_float64(batch, classes, scale, masked,
     exact = logits.detach().double()
     p, log_p = exact.softmax(-1), F.log_softmax(exact, -1)
     reference = -torch.special.xlogy(p, p).sum(-1)
-    close(wemoe.entropy(logits).double(), reference)
+    close(entropy(logits).double(), reference)
     gradient = (-p * (log_p + reference.unsqueeze(-1))).nan_to_num(0)  # dH/dz_i = -p_i (log p_i + H)
-    close(torch.autograd.grad(wemoe.entropy(logits).sum(), logits)[0].double(), gradient, rtol=1e-4)
-    information = (p * (log_p - p.mean(0).log())).nan_to_num(0).sum(-1).mean()  # the mean divergence from the mean
-    close(wemoe.negative_information(logits).double(), -information, 1e-4, rtol=1e-4)
-    assert torch.autograd.grad(wemoe.negative_information(logits), logits)[0].isfinite().all()
-    close(wemoe.mean_entropy(logits).double(), reference.mean())
-    assert wemoe.entropy(logits.half()).dtype == torch.float32
+    close(torch.autograd.grad(entropy(logits).sum(), logits)[0].double(), gradient, rtol=1e-4)
+    assert entropy(logits.half()).dtype == torch.float32
 
 
-def small_problem():
-    torch.manual_seed(0)
-    pretrained, *finetuned = (Transformer() for _ in range(3))
-    loaders = {task: [torch.randn(4, 3, 3) for _ in range(3)] for task in "ab"}
-    heads = {"a": nn.Linear(5, 3).requires_grad_(False), "b": lambda features: 5 * features[:, :4]}
-    return upscale(pretrained, finetuned), loaders, heads
+def problem() -> tuple[nn.Module, dict, dict]:
+    """A model of two tasks, loaders that end after three batches, and heads, one of which could be trained."""
+    model, heads = upscale(*several(transformer)), {"a": nn.Linear(5, 3), "b": lambda z: 5 * z[:, :4]}
+    set_router(model, randomised(Router(4, 2), 0.3))
+    loaders = {task: [torch.randn(4, 2, 3) for _ in range(3)] for task in "ab"}
+    return model, loaders, {task: lambda z, head=head: head(z.mean(1)) for task, head in heads.items()}
 
 
-def adam(model: nn.Module, lr: float = 1e-2) -> torch.optim.Adam:
-    return torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr)
+FORMS = {  # of a batch, and whether the rate is annealed, and the objective
+    "inputs": (lambda x: x, True, entropy),
+    "with labels": (lambda x: (x, torch.zeros(4)), True, lambda z: entropy(z).mean()),
+    "by name": (lambda x: {"input": x}, False, lambda z: z.square().mean()),
+    "by name, with labels": (lambda x: [{"input": x}, "labels"], False, lambda z: z.square().mean(1)),
+}
 
 
-@pytest.mark.parametrize("objective", [wemoe.mean_entropy, wemoe.negative_information])
-@pytest.mark.parametrize("groups, context", [(True, torch.no_grad), (False, torch.inference_mode)])
-def test_adapt_is_adam_on_the_sum_over_tasks_with_cosine_annealing(objective, groups, context):
-    """Short loaders start again, gradients may be off, and the groups of a given optimizer keep their own rates."""
-    (model, loaders, heads), (other, *_) = small_problem(), small_problem()
-    rates = [1e-2, 3e-3] if groups else [1e-2, 1e-2]
-
-    def optimizer(model: nn.Module) -> torch.optim.Adam:
-        routers = [block["mlp"].router for block in model.blocks]
-        return torch.optim.Adam([{"params": router.parameters(), "lr": lr} for router, lr in zip(routers, rates)])
-
-    ours, means, seen = optimizer(other), [], []
+@pytest.mark.parametrize("form", FORMS)
+def test_adapt_is_adam_on_the_sum_over_tasks_of_the_mean_of_the_objective(form):
+    """Short loaders start again, gradients may be off, and heads are not trained."""
+    (model, loaders, heads), (other, *_) = problem(), problem()
+    batch, anneal, objective = FORMS[form]
+    optimizer, means, seen = torch.optim.Adam(trained_parameters := [*other[1].mlp.router.parameters()]), [], []
     for step in range(5):
-        for group, lr in zip(ours.param_groups, rates):
-            group["lr"] = lr * (1 + math.cos(math.pi * step / 5)) / 2
-        ours.zero_grad()
+        optimizer.param_groups[0]["lr"] = 1e-2 * ((1 + math.cos(math.pi * step / 5)) / 2 if anneal else 1)
         logits = {task: head(other(loaders[task][step % 3])) for task, head in heads.items()}
-        sum(objective(z) for z in logits.values()).backward()
-        ours.step()
-        means.append((step + 1, {task: wemoe.mean_entropy(z).item() for task, z in logits.items()}))
+        gradient = torch.autograd.grad(sum(objective(z).mean() for z in logits.values()), trained_parameters)
+        for p, grad in zip(trained_parameters, gradient):
+            p.grad = grad
+        optimizer.step()
+        means.append((step + 1, {task: entropy(z).mean().item() for task, z in logits.items()}))
 
-    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
-    (1000 * model(loaders["a"][0]).sum()).backward()  # gradients from before are forgotten
-    options = {"optimizer": optimizer(model), "lr": 7.0} if groups else {"lr": 1e-2}
-    options |= {"objective": objective, "on_step": lambda *step: seen.append(step)}
-    with context():
-        history = adapt(model, loaders, heads, steps=5, **options)
+    before = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    model(loaders["a"][0]).sum().backward()  # gradients from before are forgotten
+    given = {task: [batch(x) for x in batches] for task, batches in loaders.items()}
+    options = dict(steps=5, lr=1e-2, objective=objective, anneal=anneal, on_step=lambda *step: seen.append(step))
+    with torch.no_grad():
+        history = adapt(model, given, heads, **options)
     close(seen, means)
     close(history, [sum(values.values()) / 2 for _, values in means])
     close(trained(model), trained(other), 1e-4)
-    same({name: p for name, p in model.named_parameters() if name in frozen}, frozen)
-    assert all(p.grad is None for p in model.parameters())
-
-
-def test_gradients_of_what_the_optimizer_does_not_hold_are_forgotten():
-    model, loaders, heads = small_problem()
-    one, other = (block["mlp"].router for block in model.blocks)
-    adapt(model, loaders, heads, steps=2, optimizer=torch.optim.SGD(one.parameters(), 1e-2))
-    assert all(p.grad is None for p in (*one.parameters(), *other.parameters()))
-
-
-def test_information_keeps_adaptation_from_one_answer_to_everything():
-    """Logits (2 λ_1 + λ_2 x, -λ_2 x): the first vector favours a class, the second one tells x = 1 from x = -1."""
-    zeros, x = {"weight": torch.zeros(2, 1), "bias": torch.zeros(2)}, torch.tensor([[1.0], [-1.0]] * 4)
-    finetuned = [zeros | {"bias": torch.tensor([2.0, 0.0])}, zeros | {"weight": torch.tensor([[1.0], [-1.0]])}]
-    linear, answers = nn.Linear(1, 2), {}
-    linear.load_state_dict(zeros)
-    for objective in (wemoe.mean_entropy, wemoe.negative_information):
-        model = WEMoE(linear, finetuned, Router(1, 2, 0, 0.3))
-        history = adapt(model, {"a": [x]}, {"a": nn.Identity()}, steps=200, lr=0.1, objective=objective)
-        assert history[-1] < 0.05 < history[0]  # sure of its answers, in both cases
-        answers[objective] = model(x).argmax(-1).tolist()
-    assert answers == {wemoe.mean_entropy: [0] * 8, wemoe.negative_information: [0, 1] * 4}
-
-
-def test_adapt_goes_on_where_it_was_interrupted():
-    (model, loaders, heads), (other, *_) = small_problem(), small_problem()
-    history, optimizer = adapt(model, loaders, heads, steps=6, lr=1e-2), adam(other)
-    stop = Mock(side_effect=[None, None, None, KeyboardInterrupt])  # at the fourth call
-    with pytest.raises(KeyboardInterrupt):
-        adapt(other, loaders, heads, steps=6, optimizer=optimizer, on_step=stop)
-    rest = {task: batches[1:] + batches[:1] for task, batches in loaders.items()}  # 4 of 3 + 3 batches are used up
-    resumed = adam(other, lr=7.0)
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # as from a file
-    assert adapt(other, rest, heads, steps=6, optimizer=resumed, start=4) == history[4:]
-    same(trained(model), trained(other))
+    same({name: p for name, p in model.named_parameters() if name in before}, before)
+    head = heads["a"].__defaults__[0]
+    assert all(p.grad is None for p in (*model.parameters(), *head.parameters()))
 
 
 def test_adapt_refuses_what_is_not_finite_and_leaves_the_routers_as_they_were():
-    model, loaders, heads = small_problem()
+    model, loaders, heads = problem()
     snapshots = [trained(model)]
     loaders["b"][2][0, 0, 0] = math.nan
-    with pytest.raises(FloatingPointError, match="task 'b' is nan at step 3 of 4"):
+    with pytest.raises(FloatingPointError, match="at step 3"):
         adapt(model, loaders, heads, steps=4, lr=1e-2, on_step=lambda *_: snapshots.append(trained(model)))
-    bad = {"a": lambda z: z + 0 * (z - z.detach()).norm(dim=-1, keepdim=True).sqrt()}  # the gradient alone is NaN
-    with pytest.raises(FloatingPointError, match="The gradient is nan at step 1 of 1"):
+    bad = {"a": lambda z: z[:, 0] + 0 * (z[:, 0] - z[:, 0].detach()).norm(dim=-1, keepdim=True).sqrt()}
+    with pytest.raises(FloatingPointError, match="at step 1"):  # where the gradient alone is NaN
         adapt(model, {"a": loaders["a"]}, bad, steps=1)
     same(trained(model), snapshots[-1])
-    assert len(snapshots) == 3 and all(p.grad is None for p in model.parameters())
+    assert len(snapshots) == 3
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("certainty", [1e-3, 1.0, 100.0])
-def test_adaptation_in_half_precision_stays_finite_at_clips_logit_scale(certainty, dtype):
-    """Features and logits in half precision, the scale 100, 397 classes, and features that settle every answer."""
-    model = WEMoE(*family("plain", 16, 3), Router(16, 3))
-    classes, before = 100 * certainty * F.normalize(torch.randn(16, 397), dim=0), trained(model)
-    with torch.autocast("cpu", dtype):
-        head = lambda z: F.normalize(z, dim=-1) @ classes.to(z.dtype)  # noqa: E731
-        history = adapt(model, {"a": [30 * torch.randn(4, 16)]}, {"a": head}, steps=3, lr=1e-2)
-    assert all(0 <= value <= math.log(397) + 1e-3 for value in history)
-    assert all(p.isfinite().all() for p in trained(model).values())
-    assert any(not torch.equal(p, before[name]) for name, p in trained(model).items()) or certainty == 100
-    for logits in (torch.full((2, 397), 6e4, dtype=dtype), torch.eye(397, dtype=dtype)[:2] * 6e4):
-        assert torch.autograd.grad(wemoe.mean_entropy(logits.requires_grad_()), logits)[0].isfinite().all()
-
-
-@pytest.mark.parametrize("more, factor", [({"scale": torch.tensor(3.0)}, 3), ({"scale": None, "loud": True}, 2)])
-def test_batches_may_be_arguments_by_name_some_of_which_are_no_tensors(more, factor):
-    def run(self, x: Tensor, scale: Tensor | None = None, loud: bool = False) -> Tensor:
-        return self.mlp(x) * (1 if scale is None else scale) * (2 if loud else 1)
-
-    one = upscale(*several(lambda: Made(run, mlp=nn.Linear(4, 4))))
-    other = copy.deepcopy(one)
-    by_name = adapt(one, {"a": [{"x": X, **more}]}, {"a": lambda z: z.mean(1)}, steps=2, lr=1e-2)
-    assert by_name == adapt(other, {"a": [X]}, {"a": lambda z: factor * z.mean(1)}, steps=2, lr=1e-2)
-
-
-# ---- Looking at λ, and doing without ---------------------------------------------------------------------------------
+# ---- Looking at λ ----------------------------------------------------------------------------------------------------
 
 
 def test_routing_weights_are_recorded_by_module_while_asked_for():
@@ -804,72 +651,28 @@ def test_routing_weights_are_recorded_by_module_while_asked_for():
     model(X)
     close(weights, {"0": router(X[:1]).detach(), "2": router(model[1](model[0](X[:1]))).detach()})
     assert not any(lam.requires_grad for lam in weights.values())
-    with wemoe.frozen_routing(model) as weights:
-        model(X)
-        y = model(Y)
-    close(weights["0"], router(X).detach())
-    assert not torch.allclose(model(Y), y)
-    for name, lam in weights.items():
-        model[int(name)].router = Fixed(lam)
-    close(model(Y), y)
+    with pytest.raises(ZeroDivisionError), routing_weights(model):  # not hidden by "no router ran"
+        1 / 0  # noqa: B018
+    compiled = torch.compile(model, backend="eager")
+    compiled(X)
+    with pytest.raises(RuntimeError, match="No router ran"), routing_weights(compiled):
+        compiled(X)
 
 
-# ======================================================================================================================
-# Other people's code, and what it does to a routed module.
-
-# ---- Hooks, kept tensors, copies, recomputation, compilers, replicas, threads ----------------------------------------
+# ---- Copies, files, recomputation, compilers, replicas, threads ------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["0", "1"])
-def test_hooks_see_what_those_of_a_dense_module_see_before_and_after_it_is_routed(place):
-    pretrained, seen = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)), []
-    pretrained.get_submodule(place).register_forward_hook(lambda *args: seen.append(args[-1]))
-    module = WEMoE(pretrained, [copy.deepcopy(pretrained) for _ in range(2)], Router(4, 2))
-    y = module(X)
-    close(y, pretrained(X))  # nothing to add
-    close(seen[0], seen[-1])
-    y.sum().backward()
-    assert len(seen) == 2
-    after = module.pretrained.get_submodule(place)
-    after.register_forward_pre_hook(lambda module, inputs: (0 * inputs[0],))
-    after.register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0]))
-    close(module(X).sum(), module(Y).sum())
-    module(X).sum().backward()
-    assert seen[-1].shape == X.shape
+def once(self, x: Tensor) -> Tensor:
+    return self.b(torch.tanh(self.a(x)))
 
 
-class Keeping(nn.Module):
-    """Two layers, the second one perhaps in a checkpoint; keeps what it has seen, as modules that are looked at do."""
-
-    def __init__(self, reentrant: bool | None = None):
-        super().__init__()
-        self.a, self.b, self.norm, self.reentrant = nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4), reentrant
-        self.last, self.calls = None, 0
-        self.register_buffer("seen", torch.tensor(0))
-        self.register_buffer("kept", None)
-
-    def second(self, h: Tensor) -> Tensor:
-        return self.norm(self.b(h))
-
-    def forward(self, h: Tensor) -> Tensor:
-        h = torch.tanh(self.a(h))
-        self.last, self.kept, self.calls = h.detach(), h.detach(), self.calls + 1
-        self.seen += len(h)
-        return self.second(h) if self.reentrant is None else checkpoint(self.second, h, use_reentrant=self.reentrant)
+def recomputed(self, x: Tensor) -> Tensor:
+    return checkpoint(lambda h: self.b(torch.tanh(h)), self.a(x), use_reentrant=False)
 
 
-def keeping(layer=None, reentrant: bool | None = None, seed: int = 0) -> WEMoE:
-    return WEMoE(*several(lambda: Keeping(reentrant), 2, seed), randomised(Router(4, 2), 0.3), layer=layer)
-
-
-def test_what_a_module_keeps_can_be_read():
-    pretrained, finetuned = several(Keeping)
-    module = WEMoE(pretrained, finetuned, Fixed(torch.zeros(2)))
-    for once in (module, pretrained):
-        once(Y), once(X)
-    close([module.last, module.pretrained.kept], [pretrained.last, pretrained.kept])  # a buffer that was None
-    assert module.last is module.pretrained.last and module.calls == 2 and module.pretrained.seen == 6
-    assert pickle.loads(pickle.dumps(module)).calls == 2
+def pair(run=once, layer=None, seed: int = 0) -> WEMoE:
+    make = lambda: Made(run, a=nn.Linear(4, 4), b=nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))  # noqa: E731
+    return WEMoE(*several(make, 2, seed), randomised(Router(4, 2), 0.3), layer=layer)
 
 
 def replica(module: nn.Module) -> nn.Module:
@@ -882,459 +685,116 @@ def replica(module: nn.Module) -> nn.Module:
     return twin
 
 
-def saved(module: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
+DONE = {  # to a module: what then runs in its place
+    "nothing": lambda module: module,
+    "copied": copy.deepcopy,
+    "saved": lambda module: pickle.loads(pickle.dumps(module)),
+    "replicated": replica,
+    "recomputed": lambda module: partial(checkpoint, module, use_reentrant=False),
+    "compiled": partial(torch.compile, backend="eager", fullgraph=True),
+}
 
 
 def two_passes(run, module: nn.Module) -> list[Tensor]:
     """Outputs, and gradients in inputs and in what is trained: of two passes before one backward pass."""
     x, y = X.clone().requires_grad_(), Y.clone().requires_grad_()
     a, b = run(x), run(y)
-    (a.square().sum() + b.sin().sum()).backward()
     own = list(getattr(run, "parameters", list)())  # a replica has none, a checkpoint neither
-    return [a, b, x.grad, y.grad, *(p.grad for p in own or module.parameters() if p.requires_grad)]
+    trained = (p for p in own or module.parameters() if p.requires_grad)
+    return [a, b, *gradients(torch.cat([a, b.sin()]), x, y, *trained)]
 
 
-DONE = {  # to a module: what then runs in its place
-    "nothing": lambda module: module,
-    "copied": copy.deepcopy,
-    "saved": saved,
-    "replicated": replica,
-    "recomputed": lambda module: partial(checkpoint, module, use_reentrant=False),
-    "recomputed, reentrant": lambda module: partial(checkpoint, module, use_reentrant=True),
-}
-
-
-@pytest.mark.parametrize("inner", [None, False])
+@pytest.mark.parametrize("run", [once, recomputed])
 @pytest.mark.parametrize("done", DONE)
-def test_what_is_done_to_a_module_changes_no_output_and_no_gradient(done, inner, layer):
-    first, module = keeping(layer), keeping(layer, inner, seed=1)
+def test_what_is_done_to_a_module_changes_no_output_and_no_gradient(done, run, layer):
+    first, module = pair(layer=layer), pair(run, layer, seed=1)
     module.load_state_dict(first.state_dict())
     module(Y)  # λ of a pass does not stay behind
     close(two_passes(DONE[done](module), module), two_passes(first, first), 1e-4)
 
 
-def test_a_part_that_is_compiled_in_place_runs_uncompiled():
-    module = keeping(MergedLayer)
-    expected = module(X)
-    module.pretrained.layer.norm.compile(backend="eager")
-    close(module(X), expected)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_compiled_and_exported_it_gives_the_same():
-    """By all of torch.compile but the generation of code, which needs a compiler."""
-    first, module = (WEMoE(*family("normed", 4, 2), randomised(Router(4, 2), 0.3)) for _ in range(2))
-    close(two_passes(torch.compile(module, backend="aot_eager"), module), two_passes(first, first), 1e-3)
-    close(torch.export.export(module, (X,), strict=False).module()(Y), module(Y))
-    torch._dynamo.reset()
+def test_a_merged_model_is_loaded_where_the_experts_are_not_and_exported():
+    pretrained, finetuned = several(transformer)
+    model, fresh = upscale(pretrained, finetuned), upscale(pretrained, [pretrained] * 2)
+    fresh.load_state_dict(model.state_dict())
+    same(fresh(X[..., :3]), model(X[..., :3]))
+    close(torch.export.export(model, (X[..., :3],), strict=False).module()(Y[..., :3]), model(Y[..., :3]))
 
 
 @pytest.mark.parametrize("replicate", [lambda module: module, replica])
 def test_replicas_and_threads_keep_out_of_each_others_way(replicate):
     """nn.DataParallel gives each device a replica and a thread; a server's threads share one model."""
-    module, inputs = keeping(), [torch.randn(1 + i % 3, 5, 4) for i in range(20)]
+    module, inputs = pair(), [torch.randn(1 + i % 3, 5, 4) for i in range(20)]
     with ThreadPoolExecutor(4) as threads:
         found = list(threads.map(lambda x: gradients(replicate(module)(x), module), inputs))
     close(found, [gradients(module(x), module) for x in inputs], 1e-3)
 
 
 def test_distributed_data_parallel_adapts_alike(tmp_path):
-    (model, loaders, heads), (other, *_) = small_problem(), small_problem()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    (model, loaders, heads), (other, *_) = problem(), problem()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        adapt(nn.parallel.DistributedDataParallel(model), loaders, heads, steps=3, lr=1e-2)
+        adapt(nn.parallel.DistributedDataParallel(model, static_graph=True), loaders, heads, steps=3, lr=1e-2)
     finally:
-        torch.distributed.destroy_process_group()
+        dist.destroy_process_group()
     adapt(other, loaders, heads, steps=3, lr=1e-2)
     close(trained(model), trained(other))
 
 
-# ---- The common libraries --------------------------------------------------------------------------------------------
-
-SIZES = dict(hidden_size=8, intermediate_size=16, num_attention_heads=2)
-VISION, TEXT = dict(image_size=8, patch_size=4), dict(vocab_size=20, max_position_embeddings=32)
-T5 = dict(d_model=8, d_ff=16, d_kv=4, num_heads=2, vocab_size=20, decoder_start_token_id=0)
-IMAGES, TOKENS = torch.randn(2, 3, 8, 8), torch.randint(3, 19, (2, 5))
-MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-PADDED = dict(input_ids=TOKENS, attention_mask=MASK)
-UNCACHED = dict(use_cache=False, **PADDED)
-SURE = dict(hidden_dropout_prob=0, attention_probs_dropout_prob=0)
-BLOCKS = r"layer\.\d+\.(intermediate|output)$"
+# ---- What is refused, each in one sentence that says what to do ------------------------------------------------------
 
 
-def twice() -> Made:
-    mlp = nn.Linear(4, 4)
-    return Made(lambda self, x: self.again["mlp"](self.mlp(x)), mlp=mlp, again=nn.ModuleDict({"mlp": mlp}))
+def start(head=lambda z: z.mean(1), change=lambda model: None, loader=(X,), run=lambda self, x: self.mlp(x)) -> None:
+    model = upscale(*several(lambda: parent(run)))
+    change(model.mlp)
+    adapt(model, {"a": loader}, {"a": head}, steps=2)
 
 
-def hugging_face(name: str, **options) -> nn.Module:
-    model = getattr(transformers, name)
-    sizes = dict(num_hidden_layers=2, bos_token_id=0, eos_token_id=19, **SIZES)
-    return model(model.config_class(**{**sizes, **options}))
-
-
-LIBRARIES = {  # a small model, its input, and of how many modules a choice is; None is that of all MLPs
-    "open_clip": (
-        lambda: open_clip.CLIP(4, dict(image_size=8, patch_size=4, width=8, layers=2, head_width=4),
-                               dict(context_length=5, vocab_size=20, width=8, heads=2, layers=1)),
-        dict(image=IMAGES, text=TOKENS), {None: 3, r"(mlp|attn)$": 6, r"resblocks\.\d+$": 3}),
-    "timm": (lambda: timm.models.VisionTransformer(8, 4, embed_dim=8, depth=2, num_heads=2, num_classes=3),
-             dict(x=IMAGES), {None: 2, r"(mlp|\.attn)$": 4, r"blocks\.\d+$": 2}),
-    "torchvision": (lambda: torchvision.models.VisionTransformer(8, 4, 2, 2, 8, 16),
-                    dict(x=IMAGES), {None: 2, r"(mlp|self_attention)$": 4, r"encoder_layer_\d+$": 2}),
-    "CLIP": (
-        lambda: hugging_face("CLIPModel", projection_dim=4,
-                             text_config=dict(num_hidden_layers=1, bos_token_id=0, eos_token_id=19, **SIZES, **TEXT),
-                             vision_config=dict(num_hidden_layers=1, **SIZES, **VISION)),
-        dict(pixel_values=IMAGES, **PADDED), {None: 2, r"(mlp|self_attn)$": 4, r"layers\.\d+$": 2}),
-    "ViT": (lambda: hugging_face("ViTModel", **VISION),
-            dict(pixel_values=IMAGES), {None: 2, r"(mlp|attention)$": 4, r"layers\.\d+$": 2}),
-    "T5": (
-        lambda: hugging_face("T5ForConditionalGeneration", **T5, num_hidden_layers=1, num_decoder_layers=1,
-                             feed_forward_proj="gated-gelu"),
-        dict(decoder_input_ids=TOKENS, use_cache=False, **PADDED),
-        {None: 2, r"(DenseReluDense|Attention)$": 5, r"block\.\d+$": 2}),
-    "Llama": (lambda: hugging_face("LlamaForCausalLM", num_key_value_heads=2, **TEXT),
-              UNCACHED, {None: 2, r"(mlp|self_attn)$": 4, r"layers\.\d+$": 2}),
-    "Llama in a module": (lambda: Made(lambda self, **inputs: self.inner(**inputs), inner=LIBRARIES["Llama"][0]()),
-                          UNCACHED, {None: 2}),
-    "GPT-2": (lambda: hugging_face("GPT2LMHeadModel", vocab_size=20, n_positions=32),
-              UNCACHED, {None: 2}),
-    "BERT": (lambda: hugging_face("BertModel", **TEXT, **SURE), PADDED, {BLOCKS: 4}),
-    "RoBERTa": (lambda: hugging_face("RobertaModel", **TEXT), PADDED, {BLOCKS: 4}),
-    "T5's encoder": (lambda: hugging_face("T5EncoderModel", **T5), PADDED, {None: 2}),
-    "CLIP's text": (lambda: hugging_face("CLIPTextModel", **TEXT), PADDED, {None: 2}),
-    "one MLP under two names": (twice, dict(x=X), {None: 1}),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("library, modules", [(name, choice) for name in LIBRARIES for choice in LIBRARIES[name][2]])
-def test_modules_of_the_common_libraries_are_found_and_recovered_by_one_hot_routers(library, modules):
-    make, inputs, choices = LIBRARIES[library]
-    chosen = modules or r"\b(mlp|DenseReluDense)$"
-
-    def run(model: nn.Module) -> Tensor:
-        return torch.cat([leaf.flatten() for leaf in tree_leaves(model(**inputs))])
-
-    torch.manual_seed(0)
-    pretrained = randomised(make().eval())
-    finetuned = varied(pretrained, re.compile(chosen).search)
-    model = upscale(pretrained, finetuned, modules=modules)
-    found = list(routed(model))
-    assert len(found) == choices[modules] and all(re.search(chosen, name) for name in found)
-    assert all(gradient.isfinite().all() for gradient in gradients(run(model), model))
-    for t in (0, 1):
-        set_router(model, expert(t))
-        with torch.no_grad():
-            close(run(model), run(finetuned[t]), 1e-4)
-    close(run(model), run(finetuned[1]), 1e-4)
-    assert not torch.allclose(run(model), run(pretrained), atol=0.01)
-
-
-# ---- Text: padding, masks, generation --------------------------------------------------------------------------------
-
-TOWERS = {"BERT": BLOCKS, "RoBERTa": BLOCKS, "T5's encoder": None, "CLIP's text": None}
-DECODERS = [("Llama", None), ("Llama", r"layers\.\d+$"), ("Llama in a module", None), ("GPT-2", None), ("T5", None)]
-
-
-def routed_text(library: str, modules: str | None = None) -> nn.Module:
-    pretrained, finetuned = several(lambda: LIBRARIES[library][0]().eval())
-    model = upscale(pretrained, finetuned, modules=modules)
-    for module in routed(model).values():
-        randomised(module.router)
-    return model
-
-
-@pytest.mark.parametrize("tower, modules", TOWERS.items())
-def test_padding_changes_no_output(tower, modules):
-    model = routed_text(tower, modules)
-    with torch.no_grad():
-        blind = model(input_ids=TOKENS).last_hidden_state
-        expected = model(input_ids=TOKENS[:1, :3], attention_mask=MASK[:1, :3]).last_hidden_state[0]
-        for run in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            for padded in (run(**PADDED), run(TOKENS, MASK.bool())):
-                close(padded.last_hidden_state[0, :3], expected, 1e-4)
-        close(model(input_ids=TOKENS).last_hidden_state, blind)  # no mask stays behind
-    assert not torch.allclose(blind[0, :3], expected, atol=1e-3)
-
-
-def test_a_mask_is_taken_by_its_own_tower_alone():
-    t5 = routed_text("T5")
-    other = torch.tensor([[1, 1, 0, 0, 0]] * 2)
-
-    def weights(model: nn.Module, side: str, **batch) -> Tensor:
-        with routing_weights(model) as found, torch.no_grad():
-            model(**batch)
-        return next(lam for name, lam in found.items() if name.startswith(side))
-
-    hidden = t5.encoder(**PADDED)
-    decoder = partial(weights, t5, "decoder", decoder_input_ids=TOKENS, encoder_outputs=hidden)
-    expected = decoder(attention_mask=MASK)  # what the decoder attends to, not what its routers average over
-    assert not torch.allclose(decoder(attention_mask=MASK, decoder_attention_mask=other), expected)
-    for module in t5.modules():
-        module._forward_pre_hooks.clear()
-    wemoe.set_token_mask(t5, None)
-    close(decoder(attention_mask=MASK), expected)
-    clip = routed_text("CLIP")  # images of 4 patches and a class token: 5 tokens, as the text
-    same(*(weights(clip, "vision", input_ids=TOKENS, pixel_values=IMAGES, attention_mask=m) for m in (MASK, None)))
-
-
-@given(depths, batch_sizes, sizes, seeds)
-def test_with_a_mask_routers_see_the_other_tokens_alone(depth, batch, tokens, seed):
-    module, x = WEMoE(*family("plain", 4, 2, seed), randomised(Router(4, 2, depth))), torch.randn(batch, tokens, 4)
-    mask = torch.rand(batch, tokens) < 0.5
-    mask[:, torch.randint(tokens, ())] = True
-    wemoe.set_token_mask(module, mask.long())
-    x = x.masked_fill(~mask[..., None], math.nan)
-    masked = [y[kept] for y, kept in zip(copy.deepcopy(module)(x), mask)]
-    wemoe.set_token_mask(module, None)
-    close(masked, [module(x[b : b + 1, mask[b]])[0] for b in range(batch)])
-
-
-@pytest.mark.parametrize("decoder, modules", DECODERS)
-def test_generation_is_the_same_with_and_without_a_cache_alone_and_in_a_padded_batch(decoder, modules):
-    whole = routed_text(decoder, modules)
-    model = getattr(whole, "inner", whole)
-    left = MASK if decoder == "T5" else MASK.flip(1)  # an encoder's padding is on the right
-    ids, options = TOKENS * left + (1 - left), dict(max_new_tokens=6, do_sample=False, pad_token_id=1)
-    generate = partial(model.generate, ids, attention_mask=left, **options)
-    expected = generate(use_cache=True)
-    assert torch.equal(generate(use_cache=False), expected)
-    assert torch.equal(generate(use_cache=True), expected)  # nothing stays frozen
-    assert torch.equal(copy.deepcopy(model).generate(ids, attention_mask=left, **options), expected)
-    for i in (0, 1):
-        alone = model.generate(ids[i : i + 1, left[i] == 1], **options)[0]
-        assert torch.equal(expected[i, -len(alone) :] if decoder != "T5" else expected[i, : len(alone)], alone)
-
-
-def test_what_a_layer_that_runs_sample_by_sample_keeps_is_not_taken_for_that_of_all():
-    make = lambda: Made(lambda self, h: vars(self).update(last=h) or h * self.w, w=nn.Parameter(torch.ones(4)))  # noqa: E731
-    module = WEMoE(make(), [make(), make()], Router(4, 2))
-    module(X)
-    assert not hasattr(module.pretrained, "last")
-
-
-@pytest.mark.parametrize("layer, sentence", [(None, "use_reentrant=False"), (MergedLayer, "a second time")])
-def test_reentrant_checkpoints_inside_are_refused(layer, sentence):
-    """In a module that is merged as a whole, by torch itself."""
-    with torch.no_grad():
-        close(keeping(layer, True)(X), keeping()(X))
-    with pytest.raises(RuntimeError, match=sentence):
-        keeping(layer, True)(X).sum().backward()
-
-
-def test_a_mask_set_by_hand_holds_where_the_shape_of_the_models_own_does_not_say_so():
-    model = routed_text("BERT", BLOCKS)
-    expected = model(**PADDED).last_hidden_state[0, :3]
-    wemoe.set_token_mask(model, MASK)
-    additive = torch.where(MASK[:, None, None] == 1, 0.0, -math.inf)  # (B, 1, 1, N)
-    close(model(input_ids=TOKENS, attention_mask=additive).last_hidden_state[0, :3], expected, 1e-4)
-    for module in routed(model).values():
-        module.register_forward_pre_hook(lambda module, _: vars(module).update(attention_mask=MASK[:1]))
-    close(model(input_ids=TOKENS, attention_mask=additive).last_hidden_state[0, :3], expected, 1e-4)
-
-
-# ---- Known defects: each of these tests says when its defect is gone -------------------------------------------------
-
-fails = partial(pytest.mark.xfail, strict=True)
-
-
-@fails(reason="the mask belongs to the module, not to the pass")
-def test_two_texts_at_once_keep_their_own_masks():
-    model, ran = routed_text("BERT", BLOCKS), []
-    expected = model(**PADDED).last_hidden_state
-
-    def another(*_) -> None:  # as another thread might
-        if not ran:
-            ran.append(model(input_ids=TOKENS, attention_mask=MASK.flip(0)))
-
-    model.embeddings.register_forward_pre_hook(another)
-    close(model(**PADDED).last_hidden_state, expected)
-
-
-@pytest.mark.parametrize("second", [MASK, pytest.param(MASK.flip(0), marks=fails(reason="with the last one's"))])
-def test_gradient_checkpointing_recomputes_with_the_mask_of_its_own_pass(second):
-    model, found = routed_text("BERT", BLOCKS).train(), []
-    for recompute in (False, True):
-        if recompute:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        hidden = [model(TOKENS, attention_mask=mask).last_hidden_state for mask in (MASK, second)]
-        found.append(gradients(torch.cat(hidden), model))
-    close(*found, atol=1e-3)
-
-
-# ======================================================================================================================
-# What is refused, each in one sentence that says what to do.
-
-
-def wrapped(make, *args, tasks: int = 1, **options) -> WEMoE:
-    return WEMoE(make(*args), [make(*args) for _ in range(tasks)], Router(4, tasks), **options)
-
-
-def modified(change) -> nn.Sequential:
-    module = nn.Sequential(LINEAR4(), nn.Linear(4, 4))
-    change(module)
-    return module
-
-
-def start(logits=lambda z: z.mean(1), change=lambda model: None, loader=(X,), **options) -> list[float]:
-    model = WEMoE(*family("plain", 4, 2), Router(4, 2))
-    change(model)
-    return adapt(model, {"a": loader}, {"a": logits}, **{"steps": 2, **options})
-
-
-def again(module: nn.Module, x: Tensor = X) -> Tensor:
-    """Of other samples, within a pass that froze λ."""
-    with wemoe.frozen_routing(module):
-        module(X)
-        return module(x)
-
-
-def changed(change) -> Tensor:
-    """What comes of a change of the wrapped module after routing."""
-    module = wrapped(modified, bool)
-    change(module.pretrained)
-    return module(X)
-
-
-def returned(make, *args) -> Tensor:
-    """What a module returns that runs sample by sample."""
-    return wrapped(lambda: Made(lambda self, x: make(x * self.w), w=nn.Parameter(X[0, 0].clone())), tasks=2)(*args)
-
-
-class Record:
-    def __init__(self, x: Tensor):
-        self.x = x
-
-
-LINEAR4, LINEAR, STATE = partial(nn.Linear, 4, 4), nn.Linear(2, 2), nn.Linear(2, 2).state_dict()
-MLP, TRANSFORMER = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), Transformer()
-CONVOLUTION = nn.ModuleDict({"conv": nn.Conv2d(1, 1, 3)})
-FUNCTION = modified(lambda module: setattr(module[0], "forward", lambda x: x))
-ROUTED = upscale(TRANSFORMER, [TRANSFORMER])
-QUANTISED = [torch.quantize_per_tensor(q, 0.1, 0, torch.qint8) for q in (torch.zeros(2), torch.ones(2))]
-NONE, ONE, SPARSE, FLOAT8 = torch.zeros(2), torch.ones(2), torch.eye(2).to_sparse(), torch.float8_e4m3fn
-# Attention that takes (tokens, samples, D), as CLIP's text tower of old.
-BLOCK = nn.ModuleDict({"block": nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2), "mlp": nn.Linear(4, 4)})})
-ENCODER = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8), 1, enable_nested_tensor=False)
-ADAPTERS = (  # factors of low rank, as peft, diffusers and LyCORIS call them
-    "q.lora_A.default.weight", "base_model.model.q.lora_A.weight", "q.lora_embedding_A.default", "q.lora_a.weight",
-    "lora_unet_q.lora_down.weight", "q.lora_B.weight", "q.lora_up.weight", "q.lora.down.weight",
-    "q.lora_linear_layer.down.weight", "q.hada_w1_a", "q.lokr_w1_a",
-)  # fmt: skip
+LINEAR, STATE, ONE = nn.Linear(2, 2), nn.Linear(2, 2).state_dict(), torch.ones(2)
+LINEAR4, BIG = nn.Linear(4, 4), {"w": torch.full((2,), 6e4, dtype=torch.float16)}
+MLP = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+TEXT_TOWER = nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2), "mlp": nn.Linear(4, 4)})  # (tokens, samples, D)
 REFUSED = [  # a part of the sentence, and what is called with which arguments
-    ("'bias' is in the pre-trained model", task_vector, LINEAR, nn.Linear(2, 2, False)),
-    ("'more' is in the fine-tuned", task_vector, STATE, STATE | {"more": ONE}),
-    (r"\(2, 3\) in the fine.*\(2, 2\)", task_vector, STATE, STATE | {"weight": torch.ones(2, 3)}),
-    ("'bias' .*in the fine-tuned", task_vector, STATE, STATE | {"bias": NONE / 0}),  # NaN
-    ("'bias' .* pre-trained", task_vector, STATE | {"bias": ONE / 0}, STATE),  # infinity
-    ("'state_dict' holds the weights of a checkpoint", task_vector, *[{"epoch": 3, "state_dict": STATE}] * 2),
-    ("'bias' is in the pre|'model' holds", task_vector, LINEAR, {"model": STATE}),
-    ("'model' holds", task_vector, *[{"model": STATE, "loss": ONE}] * 2),
-    ("'ckpt' holds", task_vector, *[{"ckpt": {"model": STATE}, "ema": ONE}] * 2),
-    *[("'v' holds", task_vector, *[{"w": ONE, "v": v}] * 2) for v in (LINEAR, ONE.numpy(), [ONE], {"x": {"y": ONE}})],
-    ("load it first", task_vector, "a.pt", "b.pt"),
-    ("no floating-point weights", task_vector, *[{"w": ONE.to(FLOAT8)}] * 2),
-    *[(f"'{p}w' .* strip the prefix", task_vector, {f"{p}w": ONE}, {"w": ONE})
-      for p in ("module.", "_orig_mod.", "model.", "base_model.model.")],
-    ("'module.w' .* strip the prefix", task_vector, {"w": ONE}, {"module.w": ONE}),
-    *[(f"'q' .*{dtype}", task_vector, {"w": ONE, "q": NONE.to(dtype)}, {"w": ONE, "q": ONE.to(dtype)})
-      for dtype in (torch.int8, torch.bool, torch.complex64, FLOAT8)],
-    *[("'q'", task_vector, {"w": ONE, "q": ONE.to(dtype)}, {"w": ONE}) for dtype in (torch.int8, torch.complex64)],
-    ("'q'.*uint8", task_vector, {"w": ONE, "q": ONE}, {"w": ONE, "q": NONE.to(torch.uint8)}),
-    ("'q' .*complex64", task_vector, {"w": ONE, "q": torch.tensor(0j)}, {"w": ONE, "q": torch.tensor(1j)}),
-    ("'q' .*qint8", task_vector, *[{"w": ONE, "q": q} for q in QUANTISED]),
-    ("'q'", task_vector, {"w": ONE, "q": SPARSE}, {"w": ONE, "q": SPARSE}),
-    ("'q' .*meta device", task_vector, {"w": ONE, "q": ONE}, {"w": ONE, "q": ONE.to("meta")}),
-    *[("low-rank", task_vector, *[{name: torch.ones(1, 4)}] * 2) for name in ADAPTERS],
-    ("low-rank", task_vector, *[{"A": torch.ones(1, 4), "B": torch.ones(4, 1)}] * 2),
-    ("'A' has shape", task_vector, {"A": torch.tensor(1.0)}, {"A": ONE}),
-    ("are tied in the pre-trained, not in the fine", task_vector, tied(), tied().state_dict() | {"b.weight": X[0, :4]}),
-    ("2 scaling factors for 1 task", task_arithmetic, LINEAR, [STATE], [0.1, 0.2]),
-    ("vectors and finite λ, got a Linear", task_arithmetic, LINEAR, [LINEAR]),
-    ("finite λ, got a .* nan", task_arithmetic, LINEAR, [STATE], math.nan),
-    ("'more' is in a task", task_arithmetic, LINEAR, [STATE | {"more": ONE}]),
+    ("'bias'", task_vector, LINEAR, nn.Linear(2, 2, False)),
+    ("'more'", task_vector, STATE, STATE | {"more": ONE}),
+    (r"'weight'.*\(2, .\).*\(2, .\)", task_vector, STATE, STATE | {"weight": torch.ones(2, 3)}),
+    ("'state_dict'", task_vector, *[{"epoch": 3, "state_dict": STATE}] * 2),
+    ("'module.w'.*prefix", task_vector, {"module.w": ONE}, {"w": ONE}),
+    ("'q'.*int8", task_vector, {"w": ONE, "q": (0 * ONE).to(torch.int8)}, {"w": ONE, "q": ONE.to(torch.int8)}),
+    ("lora", task_vector, *[{"q.lora_A.weight": torch.ones(1, 4), "q.lora_B.weight": torch.ones(4, 1)}] * 2),
+    ("'w'.*finite", lambda: task_arithmetic(BIG, [task_vector(BIG, {"w": -BIG["w"]})])),
+    ("'w'.*finite", task_arithmetic, BIG, [BIG], 1.0),
+    ("'weight'.*finite", task_arithmetic, LINEAR, [STATE], math.nan),
+    ("λ", task_arithmetic, LINEAR, [STATE], [0.1, 0.2]),
+    ("λ", task_arithmetic, LINEAR, [STATE] * 3, [0.1, 0.2]),
+    ("'more'", task_arithmetic, LINEAR, [STATE | {"more": ONE}]),
     ("depth=3", Router, 4, 2, 3),
     ("num_tasks=0", Router, 4, 0),
-    (r"\(B, ..., 4\).* got \(2, 3\)", Router(4, 2), torch.ones(2, 3)),
-    ("in floating point, got .*int64", Router(4, 2), TOKENS[:, :4]),
-    ("0 fine-tuned modules", WEMoE, LINEAR, [], Router(2, 1)),
-    ("2 fine-tuned .* 3 outputs", WEMoE, LINEAR, [LINEAR] * 2, Router(2, 3)),
-    (r"\(1, 3\).*\(1, 2\)", lambda: WEMoE(LINEAR, [LINEAR], Fixed(torch.ones(3)))(torch.ones(1, 2))),
-    (r"\(3, 2\) for an input \(1, 5, 4\)", lambda: again(wrapped(LINEAR4, tasks=2), X[:1])),
-    ("of torch.float32 got an input of torch.int64",
-     lambda: WEMoE(LINEAR, [LINEAR] * 2, Fixed(LAM))(torch.ones(3, 2).long())),
-    *[(r"outputs \(1, ...\), not a", returned, make, X)
-      for make in (Record, torch.sum, lambda x: x.expand(2, *x.shape).flatten(1, 2)[:, None])],
-    ("outputs .* not a float", returned, lambda x: (x, float(x.detach().sum())), X),
-    ("without running statistics", lambda: wrapped(partial(nn.BatchNorm1d, 4, track_running_stats=False))(X[0])),
-    (r"takes \(B, N, D\).*got \(3, 4\)", lambda: wrapped(ATTENTION, 4, tasks=2)(*[X[0, :3]] * 3)),
-    ("mask of tokens is a tensor", wemoe.set_token_mask, LINEAR, MASK[0]),
-    ("mask of tokens is a tensor", wemoe.set_token_mask, LINEAR, MASK.tolist()),
-    ("Second derivatives",
-     lambda: torch.autograd.functional.hessian(lambda x: wrapped(LINEAR4, tasks=2)(x).sum(), X[0])),
-    ("ran by itself", lambda: getattr(wrapped(modified, bool, layer=MergedLayer), "0")(X)),
-    ("forward of a Linear .* was replaced: undo", changed, lambda module: setattr(module[0].layer, "forward", print)),
-    ("No merged layer is left", changed, lambda module: module.__init__(LINEAR4())),
-    ("'0': its forward was replaced by a function", upscale, FUNCTION, [FUNCTION]),
-    ("is routed already", upscale, ROUTED, [TRANSFORMER]),
-    ("'weight' differs between samples", lambda: wrapped(LINEAR4).weight),
-    ("no attribute 'nothing'", lambda: wrapped(LINEAR4).nothing),
-    ("'bias' .*meta device", wrapped, partial(LINEAR4, device="meta")),
-    ("inference_mode", wrapped, torch.inference_mode()(LINEAR4)),
-    *[(rf"{kind.__name__}\) keeps its weights elsewhere", wrapped, kind, 4, 4) for kind in (nn.GRU, nn.LSTM, nn.RNN)],
-    ("'0' .* elsewhere", wrapped, lambda: nn.Sequential(nn.utils.weight_norm(LINEAR4()))),
-    ("'0'.* forward was replaced", wrapped, modified, lambda module: setattr(module[0], "forward", print)),
-    ("forward was replaced", wrapped, lambda: torch.jit.script(LINEAR4())),
-    ("'0'.* forward was replaced", wrapped, lambda: nn.Sequential(torch.jit.trace(LINEAR4(), X))),
-    ("forward was replaced|strip the prefix", wrapped, lambda: nn.Sequential(torch.compile(LINEAR4()))),
-    *[("keeps modules or methods of its", partial(wrapped, layer=layer), modified, keep)
-      for layer in (None, MergedLayer)
-      for keep in (lambda m: setattr(m, "order", [m[0]]), lambda m: setattr(m, "run", m.forward),
-                   lambda m: setattr(m, "run", lambda x: m(x)))],
-    (r"\(3, 3\) may belong to the samples", lambda: wrapped(ATTENTION, 4, tasks=2)(*[X[:, :3]] * 3, torch.zeros(3, 3))),
-    (r"\(4,\) may belong to the samples",
-     lambda: wrapped(lambda: Made(lambda self, x, y: x * self.w * y, w=nn.Parameter(X[0, 0])))(X[0, :4], X[0, 0])),
-    ("only the router is trainable", lambda: wrapped(LINEAR4).requires_grad_(True)(X)),
-    ("'block.mlp'.*batch_first=False", upscale, BLOCK, [BLOCK]),
-    ("linear1'.*batch_first=False", partial(upscale, modules="linear1"), ENCODER, [ENCODER]),
-    ("batch_first=False", wrapped, nn.MultiheadAttention, 4, 2),
-    ("No MLP was found in Sequential.*among '0', '1'", upscale, MLP, [MLP]),
-    (r"'mpl'.*'blocks\.0\.mlp'", partial(upscale, modules="mpl"), TRANSFORMER, [TRANSFORMER]),
-    ("hidden size of 'conv'", partial(upscale, modules="conv"), CONVOLUTION, [CONVOLUTION]),
-    ("at least one fine-tuned|0 fine-tuned", upscale, TRANSFORMER, []),
-    ("not one alone", lambda: upscale(MLP, STATE)),
-    ("heads for 'a'", lambda: adapt(small_problem()[0], {"a": [], "b": []}, {"a": nn.Identity()})),
-    ("loader of task 'a' yields no batch", lambda: start(loader=[])),
-    ("task 'a' yields no batch when started again", lambda: start(loader=iter([X]))),
-    ("task 'a' yields .*tuple.*unlabelled", lambda: start(loader=[(X, X)])),
-    ("a tensor is no loader", start, None, bool, X),
-    ("do not depend on what is trained", start, lambda z: z.mean(1).detach()),
-    ("B > 0", start, lambda z: z.mean(1)[:0]),
-    ("not tuple", start, lambda z: (z,)),
-    ("there are no loaders", lambda: adapt(small_problem()[0], {}, {})),
-    ("has nothing to train", lambda: adapt(Transformer().requires_grad_(False), {}, {})),
-    ("steps=0", lambda: start(steps=0)),
-    ("start=2", lambda: start(start=2)),
-    *[(f"learning rate: {lr}|lr={lr}", lambda lr=lr: start(lr=lr)) for lr in (math.nan, 0.0, math.inf)],
-    *[("half precision", start, None, lambda model, dtype=dtype: model.router.to(dtype))
+    ("init_lambda=", Router, 4, 2, 0, [0.1, 0.2, 0.3]),
+    (r"\(B, N, D\).*\(2, 5, 3\)", Router(4, 2), torch.ones(2, 5, 3)),
+    (r"\(B, N, D\).*\(2, 4\)", Router(4, 2), torch.ones(2, 4)),  # a row for each token, it may be
+    ("num_tasks=0", partial(upscale, modules="0"), MLP, []),
+    (r"\(1, 3\)", lambda: WEMoE(LINEAR4, [LINEAR4], Fixed(torch.ones(3)))(X[:1])),
+    ("in its WEMoE module", lambda: MergedLayer(LINEAR, [STATE])(ONE)),
+    ("batch_first", upscale, TEXT_TOWER, [TEXT_TOWER]),
+    ("'mpl'", partial(upscale, modules="mpl"), MLP, [MLP]),
+    ("'a'", lambda: adapt(problem()[0], {"a": []}, {"b": nn.Identity()})),
+    ("'a'.*no batch", lambda: start(loader=[])),
+    ("'a'.*no batch", lambda: start(loader=iter([X]))),  # when started again
+    ("a loader and a head", lambda: adapt(problem()[0], {}, {})),
+    *[("half precision", start, lambda z: z.mean(1), lambda mlp, dtype=dtype: mlp.router.to(dtype))
       for dtype in (torch.float16, torch.bfloat16)],
-    ("inference_mode", lambda: adapt(torch.inference_mode()(wrapped)(LINEAR4), {"a": [X]}, {"a": nn.Identity()})),
-    ("optimizer holds none", lambda: start(optimizer=adam(nn.Linear(2, 2)))),
-    *[("Logits of 'a'", start, lambda z, shape=shape: z.sum() + torch.ones(shape))
-      for shape in ((3,), (3, 1), (3, 2, 5, 2), ())],
-    ("Only routers of depth 0", lambda: unload(wrapped(LINEAR4))),
+    *[("Logits of 'a'", start, lambda z, shape=shape: z.sum().expand(shape)) for shape in ((3,), (3, 1), (3, 2, 5))],
+    ("no gradient", start, lambda z: z.mean(1).detach()),
+    ("no gradient", partial(start, run=lambda self, x: x)),
+    ("no gradient", partial(start, run=torch.no_grad()(lambda self, x: self.mlp(x)))),
+    ("only constant", wemoe.unload, WEMoE(LINEAR, [LINEAR], Router(2, 1))),
 ]  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("sentence, function, arguments", [(row[0], row[1], row[2:]) for row in REFUSED])
 def test_refused_in_one_sentence(sentence, function, arguments):
-    with pytest.raises((ValueError, RuntimeError, AttributeError), match=sentence) as refusal:
+    with pytest.raises((ValueError, RuntimeError), match=sentence) as refusal:
         function(*arguments)
     message = str(refusal.value)
-    assert "\n" not in message and len(message) < 600
+    assert "\n" not in message and message.endswith((".", "?")) and len(message) < 400

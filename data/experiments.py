@@ -1,106 +1,103 @@
-"""What the experiments measure and show: methods under conditions; figures and claims made of what came out.
+"""What the experiments measure and show: methods under conditions; tables, figures and claims made of what came out.
 
-An experiment is two functions: one makes its conditions of a suite and the methods chosen (most share `one_table`), the
-other makes figures and claims of the entries that came out, one for each method under each condition and seed. The
-latter is put into EXPERIMENTS by `@experiment`, which says what else there is to know, and its docstring.
+An experiment is a function that shows the entries, one for each method, condition and seed; `@Experiment` says what
+else there is to know, claims.json what is claimed: experiment -> sentence -> formula. `show_table` serves most.
 """
 
-import copy
+import itertools
+import json
 import re
-import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import NamedTuple
+from functools import cached_property, partial
+from pathlib import Path
+from statistics import mean
 
+import pandas as pd
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch import nn
+from pandas import DataFrame
 
-import wemoe
-from data import report
-from data.files import InputError
-from data.methods import STATIC, TRAINING_IMAGES
+from data import figures
 from data.miniature.corruptions import CORRUPTIONS
-from data.miniature.suite import COUNTERPARTS
+from data.miniature.tasks import TASKS
 from data.paper import published
-from data.paper.parameters import compared, rounds_to
-from data.suite import CURVE_IMAGES, Suite
+from data.run import STATIC, Suite
 
-# Methods by their names in reproduce.METHODS: by the routers' depth, by rank; the story in short; under other images.
-DEPTHS = {0: "WEMoE (0-layer)", 1: "WEMoE (1-layer)", 2: "WEMoE"}
-RANKS = {rank: f"WEMoE (rank {rank})" for rank in (1, 2, 4, 8, 16, 32)}
+EXPERIMENTS: dict[str, "Experiment"] = {}
+CLAIMS = json.loads(Path(__file__).with_name("claims.json").read_text(encoding="utf-8"))
 ADAMERGING, DIVERSE = "AdaMerging (layer-wise)", "WEMoE + diversity"
 STORY = ["Pre-trained", "Weight Averaging", "Task Arithmetic", ADAMERGING, "WEMoE", "Individual"]
-SHIFTED = ["Task Arithmetic", "TIES-Merging", "Fisher Merging", "RegMean", ADAMERGING]
-SHIFTED += ["AdaMerging++ (layer-wise)", DEPTHS[0], DEPTHS[2]]
+DEPTHS = ["WEMoE (0-layer)", "WEMoE (1-layer)", "WEMoE"]
+RANKS = [f"WEMoE (rank {rank})" for rank in (1, 2, 4, 8, 16, 32)]
+MODULES = ["WEMoE (1-layer)", "WEMoE (1-layer, attention and MLP)", "WEMoE (1-layer, blocks)"]
+DEEPEST = ["Task Arithmetic", *(f"WEMoE (deepest {share}%)" for share in (25, 50, 75)), "WEMoE"]
+UNLOADED = ["Task Arithmetic", "WEMoE (0-layer)", "WEMoE (0-layer, unloaded)"]
+FREE = ["Task Arithmetic", "TSV-M", ADAMERGING, "WEMoE", "Individual"]
+MORE = ["Task Arithmetic", "TSV-M", "Iso-C", "WUDI", ADAMERGING, "WEMoE (rank 16)", "WEMoE"]
+MORE += [*(f"WEMoE ({base} elsewhere)" for base in ("TSV-M", "Iso-C", "WUDI"))]
+MORE += ["Oracle routing", "Oracle routing (TSV-M elsewhere)", "Individual"]
+SHIFTED = ["Task Arithmetic", "TIES-Merging", "Fisher Merging", "RegMean", ADAMERGING, "AdaMerging++ (layer-wise)"]
+SHIFTED += ["WEMoE (0-layer)", "WEMoE", "WEMoE (as the hub ran it)"]
+SWEPT = ["Task Arithmetic", "TIES-Merging", "WEMoE (0-layer)", "WEMoE"]
+LAMBDAS = tuple(i / 10 for i in range(11))  # of methods that merge once
+CORRUPTED = {"tasks": published.ROBUSTNESS_TASKS, "splits": tuple(CORRUPTIONS)}
 
 
 @dataclass(frozen=True)
 class Condition:
-    """`change` is what run_method takes: of suite.variant, or `task_free`; `settings` the same for single methods.
-
-    The table has the tasks in the order of `columns`, and their averages.
-    """
+    """Methods on a suite that is changed, and what was published of that."""
 
     name: str
     methods: list[str]
-    change: dict = field(default_factory=dict)
-    columns: dict[str, list[str]] = field(default_factory=dict)
-    published: list[dict] = field(default_factory=list)
-    settings: dict[str, dict] = field(default_factory=dict)
+    change: dict = field(default_factory=dict)  # what data.run.measure takes
+    published: list[dict] = field(default_factory=list)  # rows of data/paper/published.py
+    columns: dict[str, list[str]] = field(default_factory=dict)  # average -> its tasks; none: one, of all
+    settings: dict[str, dict] = field(default_factory=dict)  # method -> what is changed for it alone
 
 
-@dataclass
+@dataclass(frozen=True)
 class Measured:
     suite: Suite  # of the last seed
     conditions: list[Condition]
-    entries: dict[str, dict[str, list[dict]]]  # condition -> method -> an entry of results.json for every seed
+    entries: list[dict]  # of results.json, each with its "condition" and "seed"
 
-    def first(self) -> dict[str, dict]:
-        """Method -> the entry of the first seed, where all tasks are as they are."""
-        return {name: seeds[0] for name, seeds in self.entries["main"].items()}
+    @cached_property
+    def frame(self) -> DataFrame:
+        """A row for each accuracy: condition, method, seed, task, accuracy."""
+        cells = [(e["condition"], e["name"], e["seed"], *cell) for e in self.entries for cell in e["accuracy"].items()]
+        return DataFrame(cells, columns=["condition", "method", "seed", "task", "accuracy"])
 
-    def has(self, *methods: str) -> bool:
-        return all(set(methods) <= entries.keys() for entries in self.entries.values())
+    def averages(self, condition: Condition, tasks: Iterable[str]) -> dict[str, float]:
+        """Method -> its average accuracy over these tasks and all seeds."""
+        rows = self.frame[(self.frame.condition == condition.name) & self.frame.task.isin(tasks)]
+        return rows.groupby("method", sort=False).accuracy.mean().to_dict()
 
-    def average(self, condition: str, method: str, tasks: list[str] | None = None) -> float | None:
-        """The average accuracy over tasks (all of them, unless given) and seeds; None if the method was not run."""
-        entries = self.entries[condition].get(method)
-        return entries and statistics.mean(report.averages(entries, tasks or self.suite.tasks))
-
-    def bars(self, groups: dict[str, tuple[str, list[str]]]) -> dict[str, dict[str, list[float]]]:
-        """Group -> method -> the average accuracy over the group's tasks under its condition, for every seed."""
-        return {
-            group: {name: report.averages(entries, tasks) for name, entries in self.entries[condition].items()}
-            for group, (condition, tasks) in groups.items()
-        }
+    def first(self, condition: Condition) -> dict[str, dict]:
+        """Method -> its entry of the first seed."""
+        whose = condition.name, self.entries[0]["seed"]
+        return {entry["name"]: entry for entry in self.entries if (entry["condition"], entry["seed"]) == whose}
 
 
 @dataclass
 class Shown:
     figures: dict[str, Figure] = field(default_factory=dict)  # by the names of their files
+    tables: dict[str, DataFrame] = field(default_factory=dict)  # of texts, by title; none: those of figures.tables
+    numbers: dict[str, dict] = field(default_factory=dict)  # that claims are about, by where; none: numbers_of
     claims: list[dict] = field(default_factory=list)
-    text: str = ""  # Markdown, in the place of tables of accuracy by condition
 
 
-def one_table(suite: Suite, methods: list[str], rows: Callable | None = None) -> list[Condition]:
-    """All tasks as they are; `rows` are the published ones of an architecture from a source, unless the suite's own."""
-    known = rows(suite.name, suite.source) if rows else list(suite.published.values())
-    return [Condition("main", methods, {}, {"Average": suite.tasks}, known)]
+def one_table(suite: Suite, methods: list[str], rows: Callable | None = None, **change) -> list[Condition]:
+    """A single condition; `rows` are the published ones of an architecture from a source, unless the suite's own."""
+    return [Condition("main", methods, change, list(rows(suite.name, suite.source) if rows else suite.published))]
 
 
-def beside(rows: Callable) -> Callable:
-    return partial(one_table, rows=rows)
-
-
-@dataclass(frozen=True)
+@dataclass
 class Experiment:
-    """The docstring of `show` tells what it is, in one line."""
+    """Decorates the function that shows it."""
 
-    show: Callable[[Measured], Shown]
-    paper: tuple[str, ...]  # its numbers in the paper
+    name: str
+    paper: list[str]  # its numbers in the paper
     minutes: int  # some, that it takes in the miniature on 2 cores: an estimate, by its methods' seconds
     methods: list[str] | None = None  # that it may run; None: all of the main table
     conditions: Callable[[Suite, list[str]], list[Condition]] | None = one_table  # None: it needs no suite
@@ -112,592 +109,312 @@ class Experiment:
     steps: int | None = None  # of adaptation, in the miniature; None: as many as usual
     scalings: tuple[float, ...] = ()  # λ that methods which merge once try, besides their own
     details: bool = False  # whether its tables tell time and size, too
+    about: str = ""  # in a line; "": the docstring of what is decorated
 
+    def __call__(self, function: Callable[[Measured | None], Shown]) -> Callable[[Measured | None], Shown]:
+        self.function, self.about, EXPERIMENTS[self.name] = function, self.about or function.__doc__, self
+        return function
 
-EXPERIMENTS: dict[str, Experiment] = {}
-
-
-def experiment(name: str, *paper: str, **more) -> Callable:
-    """Put an experiment into EXPERIMENTS, with its numbers in the paper and the decorated function as its `show`."""
-
-    def put(show: Callable[[Measured], Shown]) -> Callable[[Measured], Shown]:
-        EXPERIMENTS[name] = Experiment(show, paper, **more)
-        return show
-
-    return put
+    def show(self, measured: Measured | None) -> Shown:
+        """Figures, tables and claims."""
+        shown, formulas = self.function(measured), CLAIMS.get(self.name, {})
+        shown.tables = shown.tables or figures.tables(measured, self.details)
+        shown.claims = claims_of(measured, formulas, shown.numbers) if measured else check(formulas, shown.numbers)
+        return shown
 
 
 def listed() -> str:
     """The experiments, a line for each."""
-    lines = []
-    for name, chosen in EXPERIMENTS.items():
-        numbers = f" ({', '.join(chosen.paper)})" if chosen.paper else ""
-        needs = f"{len(chosen.tasks)} tasks" if chosen.tasks else "the suite" if chosen.conditions else "nothing"
-        needs += " and their corrupted test images" if chosen.splits else ""
-        lines.append(
-            f"{name}{numbers}: {chosen.show.__doc__} Needs {needs}; in the miniature, some {chosen.minutes} min."
-        )
-    return "\n".join(lines)
+    lines = ((e, f" ({', '.join(e.paper)})" if e.paper else "") for e in EXPERIMENTS.values())
+    return "\n".join(f"{e.name}{paper}: {e.about} In the miniature, some {e.minutes} min." for e, paper in lines)
 
 
-def claim(text: str, holds: bool, detail: str) -> dict:
-    return {"claim": text, "holds": bool(holds), "detail": detail}
+def claims_of(measured: Measured, formulas: dict[str, str], numbers: dict[str, dict]) -> list[dict]:
+    """Whether formulas hold, and averages are near the published ones.
+
+    None of a part of the test inputs; no formula after fewer steps, or of models of which nothing was published.
+    """
+    suite, claims = measured.suite, []
+    theirs = {row["method"]: mean(row["accuracy"].values()) for row in published.eight_tasks(suite.name, "paper")}
+    if static := [theirs[e["name"]] for e in measured.entries if e["group"] == STATIC and e["name"] in theirs]:
+        theirs["best static merge"] = max(static)
+    known = suite.name.startswith("miniature") or published.eight_tasks(suite.name, suite.source)
+    if formulas and known and not suite.shortened:
+        claims = check(formulas, numbers or {"": numbers_of(measured)}, {} if numbers else theirs)
+    for part in measured.conditions:
+        where = f", {part.name}" if len(measured.conditions) > 1 else ""
+        for row in (row for row in part.published if row["margin"] is not None):
+            text = f"{row['method']} is within {row['margin']:g} points of the published average ({row['source']})"
+            formula = f"abs({{{row['method']}}} - {mean(row['accuracy'].values()):.4g}) <= {row['margin']:g}"
+            claims += check({text: formula}, {where: measured.averages(part, row["accuracy"])})
+    return claims if suite.claimable else []
 
 
-class Expected(NamedTuple):
-    methods: tuple[str, ...]
-    holds: Callable[..., bool]  # of their average accuracies
-    detail: str  # with places for these
-
-
-def claims_about(averages: dict[str, float], expected: dict[str, Expected]) -> list[dict]:
-    """What is expected of the average accuracies of methods; claims about methods that were not run are left out."""
+def check(formulas: dict[str, str], numbers: dict[str, dict], theirs: dict | None = None) -> list[dict]:
+    """Whether formulas hold of our numbers, where -> name -> number, beside theirs; without what was not measured."""
     claims = []
-    for text, (methods, holds, detail) in expected.items():
-        if averages.keys() >= set(methods):
-            values = [averages[name] for name in methods]
-            claims.append(claim(text, holds(*values), detail.format(*values)))
+    for (where, ours), (text, formula) in itertools.product(numbers.items(), formulas.items()):
+        names = set(re.findall("{(.+?)}", formula))
+        if names <= ours.keys():
+            known = [ours, theirs] if theirs and names <= theirs.keys() else [ours]
+            texts = [{n: f"{x:,}" if isinstance(x, int) else f"{x:.4g}" for n, x in part.items()} for part in known]
+            told = [formula.format_map(part).replace("<=", "≤").replace(">=", "≥") for part in texts]
+            detail = "ours {}, the paper's {}".format(*told) if len(told) > 1 else told[0]
+            claims.append({"claim": text + where, "holds": bool(pd.eval(formula.format_map(ours))), "detail": detail})
     return claims
 
 
-def comparable(suite: Suite, rows: list[dict], entries: dict[str, list[dict]]) -> list[dict]:
+def numbers_of(measured: Measured) -> dict[str, float]:
+    """The numbers that claims are about, by name, of a single condition: means over seeds."""
+    numbers = {f"size of {entry['name']}": entry["total_parameters"] for entry in measured.entries}
+    numbers |= measured.averages(measured.conditions[0], measured.suite.tasks)
+    merges = [entry for entry in measured.entries if entry["group"] == STATIC and "Task Arithmetic" in numbers]
+    if tried := [(e["name"], p.get("scaling"), p["average"]) for e in merges for p in (e, *e.get("curve", ()))]:
+        numbers["best static merge"] = DataFrame(tried).groupby([0, 1], dropna=False)[2].mean().max()
+    if curves := [entry["adaptation"] for entry in measured.entries if entry["name"] == "WEMoE"]:
+        entropy, accuracy = (DataFrame([curve[what] for curve in curves]).mean() for what in ("entropy", "accuracy"))
+        tenth = 1 + len(entropy) // 10
+        numbers |= {"entropy at the start": entropy[:tenth].mean(), "entropy at the end": entropy[-tenth:].mean()}
+        numbers |= {"accuracy at the start": accuracy.iloc[0], "accuracy at the end": accuracy.iloc[-1]}
+    return numbers
+
+
+def comparable(suite: Suite, rows: Iterable[dict], entries: list[dict]) -> list[dict]:
     """The published rows that ours may stand beside: with fewer steps than published, none of methods that adapted."""
-    adapted = {name for name, (entry, *_) in entries.items() if "adaptation" in entry}
+    adapted = {entry["name"] for entry in entries if "adaptation" in entry}
     return [row for row in rows if not (suite.shortened and row["method"] in adapted)]
 
 
-def published_claims(measured: Measured) -> list[dict]:
-    """Our averages within 0.5 points of the published ones, or 0.8 where something is learned: like with like only.
-
-    Methods that depend on a choice of training images are left out; and, of those that adapt, the rows that were made
-    with other settings than ours, the paper's or the hub's (see suite.Adaptation).
-    """
-    claims = []
-    for condition in measured.conditions if measured.suite.claimable else ():
-        for row in condition.published:
-            name, source, tasks = row["method"], row["source"], list(row["accuracy"])
-            entry = measured.entries[condition.name].get(name, [{"needs": [TRAINING_IMAGES]}])[0]
-            adapted = "adaptation" in entry
-            unlike = adapted and source != measured.suite.adaptation.settings
-            if TRAINING_IMAGES in entry["needs"] or unlike or not row.get("claimed", True):
-                continue
-            ours, theirs = measured.average(condition.name, name, tasks), statistics.mean(row["accuracy"].values())
-            margin = 0.8 if adapted else 0.5
-            where = f", {condition.name}" if len(measured.conditions) > 1 else ""
-            text = f"{name}{where} is within {margin} points of the published average ({source})"
-            claims.append(claim(text, abs(ours - theirs) <= margin, f"{ours:.2f} against {theirs:.2f}"))
-    return claims
+# ---- Experiments -----------------------------------------------------------------------------------------------------
 
 
-# ---- Eight tasks: Tables 2, 3 and 7; 10; 6 ---------------------------------------------------------------------------
+def show_table(measured: Measured) -> Shown:
+    """Of one condition a heat map and what methods cost; of several bars and, of more than two, a table of averages."""
+    frame, conditions = measured.frame, measured.conditions
+    if len(conditions) == 1:
+        count = sum(len(labels) for _, labels in measured.suite.test.values())
+        return Shown({"accuracy": figures.accuracy(frame), "costs": figures.costs(measured.entries, count)})
+    wide = figures.by(frame, "condition")
+    many = len(conditions) > 2 and not any(condition.published for condition in conditions)
+    shown = Shown({"accuracy": figures.bars(wide)}, {"": figures.spread(wide)} if many else {})
+    if all("split" in condition.change for condition in conditions):
+        tests = {condition.name: measured.suite.variant(**condition.change).test for condition in conditions}
+        images = {name: torch.cat([rows[:6] for rows, _ in test.values()]) for name, test in tests.items()}
+        shown.figures["tasks"] = figures.contact_sheet(images)
+    return shown
 
 
-@experiment("main", "table2", "table3", "table7", minutes=4, usual=STORY, details=True)
+@Experiment("main", ["table2", "table3", "table7"], 4, usual=STORY, details=True)
 def show_main(measured: Measured) -> Shown:
     """Methods on every task, and what each needs besides the experts."""
-    suite, entries = measured.suite, measured.first()
-    average = {name: round(measured.average("main", name), 2) for name in entries}
-    figures = {"accuracy": report.draw_accuracy(suite.tasks, list(entries.values()))}
-    count = sum(len(labels) for _, labels in suite.test.values())
-    figures["costs"] = report.draw_costs(measured.entries["main"], count)
+    suite, first, shown = measured.suite, measured.first(measured.conditions[0]), show_table(measured)
     if all(images.dim() == 4 for images, _ in suite.test.values()):  # and not texts
-        figures["tasks"] = report.draw_tasks(suite.test)
-    if curves := {name: entry["adaptation"] for name, entry in entries.items() if "adaptation" in entry}:
-        figures["adaptation"] = report.draw_adaptation(curves, average, CURVE_IMAGES, suite.curve)
-    if curves := {name: by_scaling(entry, suite.tasks) for name, entry in entries.items() if "curve" in entry}:
-        figures["scalings"] = report.draw_lines({"λ": curves})
-    if "WEMoE" in entries:
-        figures["routing"] = report.draw_routing(suite.tasks, entries["WEMoE"]["routing"])
-    in_miniature = suite.name.startswith("miniature")
-    return Shown(figures, paper_claims(measured.entries["main"]) if in_miniature else published_claims(measured))
+        shown.figures["tasks"] = figures.contact_sheet({task: images for task, (images, _) in suite.test.items()})
+    if curves := [points_of(name, entry["adaptation"]) for name, entry in first.items() if "adaptation" in entry]:
+        curves += [points_of("WEMoE", suite.curve, True)] if suite.curve else []
+        shown.figures["adaptation"] = figures.lines(sum(curves, []), "adaptation step", "")
+    tried = [("", n, p["scaling"], p["average"], False) for n, e in first.items() for p in e.get("curve", ())]
+    if tried:
+        shown.figures["scalings"] = figures.lines(tried, "λ")
+    if "WEMoE" in first:
+        shown.figures["routing"] = figures.routing(suite.tasks, first["WEMoE"]["routing"])
+    return shown
 
 
-def by_scaling(entry: dict, tasks: list[str]) -> dict[float, float]:
-    """λ -> the average accuracy over these tasks, of a method that was tried with several λ."""
-    return {p["scaling"]: statistics.mean(p["accuracy"][task] for task in tasks) for p in entry["curve"]}
+def points_of(name: str, curve: dict, published: bool = False) -> list[tuple]:
+    """Of figures.lines: what adaptation minimises, where that is known, and what it gains."""
+    smooth = pd.Series(curve.get("entropy", []), dtype=float).rolling(20, min_periods=1).mean()
+    points = [("mean entropy (nats) of 20 steps", name, i, y, published) for i, y in enumerate(smooth, 1)]
+    gained = zip(curve["steps"], curve.get("accuracy") or curve["average"])
+    return points + [("accuracy (%), on a few test inputs", name, *point, published) for point in gained]
 
 
-IN_THE_PAPER = {
-    "Every expert's task is within its reach: the individual models average at least 90 %": Expected(
-        ("Individual",), lambda i: i >= 90, "{:.1f}"
-    ),
-    "The static merges of its time lose at least 8 points against the individual models, even at the best λ": Expected(
-        ("Best static", "Individual"), lambda s, i: s <= i - 8, "{:.1f} ≤ {:.1f} - 8"
-    ),
-    "The order is the paper's: pre-trained < averaging and task arithmetic < WEMoE ≤ individual": Expected(
-        ("Pre-trained", "Weight Averaging", "Task Arithmetic", "WEMoE", "Individual"),
-        lambda p, a, t, w, i: p < min(a, t) and max(a, t) < w <= i,
-        "{:.1f} < {:.1f}, {:.1f} < {:.1f} ≤ {:.1f}",
-    ),
-    "WEMoE is at least 5 points better than every static merge of its time": Expected(
-        ("WEMoE", "Best static"), lambda w, s: w >= s + 5, "{:.1f} ≥ {:.1f} + 5"
-    ),
-    "WEMoE is better than AdaMerging": Expected(("WEMoE", ADAMERGING), lambda w, a: w > a, "{:.1f} > {:.1f}"),
-    "WEMoE recovers at least 95 % of the individual models' accuracy": Expected(
-        ("WEMoE", "Individual"), lambda w, i: w >= 0.95 * i, "{:.1f} ≥ 0.95 · {:.1f}"
-    ),
-    "Routers that look at the input are not worse than constant ones": Expected(
-        tuple(DEPTHS.values()), lambda zero, one, two: zero <= min(one, two), "0, 1, 2 layers: {:.1f}, {:.1f}, {:.1f}"
-    ),
-}
+BY_DEPTH, BY_MODULE = (partial(one_table, rows=rows) for rows in (published.router_depths, published.routed_modules))
+Experiment("depths", ["table10"], 4, [ADAMERGING, *DEPTHS], BY_DEPTH, about="Routers of 0 to 2 layers.")(show_table)
+Experiment("modules", ["table6"], 10, MODULES, BY_MODULE, about="Routed: MLPs, attention too, or blocks.")(show_table)
+Experiment("layers", ["appendixd"], 5, DEEPEST, details=True, about="Only the deeper MLPs routed.")(show_table)
+Experiment("unload", ["appendixb3"], 2, UNLOADED, details=True, about="Constant routers, merged for good.")(show_table)
 
 
-def paper_claims(entries: dict[str, list[dict]]) -> list[dict]:
-    """What the paper claims, on our own means over seeds."""
-    average = {name: round(statistics.mean(e["average"] for e in seeds), 2) for name, seeds in entries.items()}
-    if "Task Arithmetic" in entries:  # or averaging or TIES, at the best λ, which no label-free method could know
-        merges = [seeds for seeds in entries.values() if seeds[0]["group"] == STATIC]
-        points = [point for seeds in merges for point in zip(*(entry.get("curve", [entry]) for entry in seeds))]
-        average["Best static"] = round(max(statistics.mean(p["average"] for p in point) for point in points), 2)
-    claims = claims_about(average, IN_THE_PAPER)
-    if "WEMoE" in entries:
-        curves = [entry["adaptation"] for entry in entries["WEMoE"]]
-        tenth = max(1, len(curves[0]["entropy"]) // 10)
-        first = statistics.mean(value for curve in curves for value in curve["entropy"][:tenth])
-        last = statistics.mean(value for curve in curves for value in curve["entropy"][-tenth:])
-        before, after = (statistics.mean(curve["accuracy"][i] for curve in curves) for i in (0, -1))
-        text = f"As the entropy falls, accuracy rises (on {CURVE_IMAGES} test inputs of each task)"
-        detail = f"entropy {first:.2f} → {last:.2f} nats, accuracy {before:.1f} → {after:.1f}"
-        claims.append(claim(text, last < first and after > before, detail))
-    return claims
+@Experiment("routing", ["fig11", "fig12"], 3, ["WEMoE"])
+def show_routing(measured: Measured) -> Shown:
+    """Mean routing weights and first choices, by layer and task."""
+    tasks, entry = measured.suite.tasks, measured.first(measured.conditions[0])["WEMoE"]
+    maps = {what: figures.routing(tasks, entry[what]) for what in ("routing", "first_choice")}
+    own = {layer: 100 * DataFrame(rows).to_numpy().diagonal().mean() for layer, rows in entry["first_choice"].items()}
+    return Shown(maps, {"": DataFrame({"own expert first, %": own}).map("{:.1f}".format).rename_axis("Layer")})
 
 
-def show_methods(measured: Measured, expected: dict[str, Expected]) -> Shown:
-    """A heat map of one table; in the miniature, what is expected of it."""
-    figures = {"accuracy": report.draw_accuracy(measured.suite.tasks, list(measured.first().values()))}
-    if measured.suite.of_the_paper:
-        return Shown(figures, published_claims(measured))
-    return Shown(figures, claims_about({name: measured.average("main", name) for name in measured.first()}, expected))
+@Experiment("taskfree", [], 6, conditions=partial(one_table, task_free=True), usual=FREE)
+def show_task_free(measured: Measured) -> Shown:
+    """Accuracy where nobody tells the task of an image: its head is chosen, too (data.run.evaluate_task_free)."""
+    frame, rules = measured.frame.assign(rule="head given"), ("entropy", "routing", "logit")
+    for rule in rules:
+        chosen = [{**e, "accuracy": e["task_free"][rule]} for e in measured.entries if rule in e["task_free"]]
+        frame = pd.concat([frame, replace(measured, entries=chosen).frame.assign(rule=f"by {rule}")])
+    wide = figures.by(frame, "rule")
+    return Shown({"accuracy": figures.bars(wide)}, {"": figures.spread(wide)})
 
 
-@experiment(
-    "depths", "table10", minutes=4, methods=[ADAMERGING, *DEPTHS.values()], conditions=beside(published.router_depths)
-)
-def show_depths(measured: Measured) -> Shown:
-    """Routers of no, one and two layers."""
-    expected = {
-        "Routers of one layer are within a point of two": Expected(
-            (DEPTHS[1], DEPTHS[2]), lambda one, two: abs(one - two) <= 1, "{:.1f} and {:.1f}"
-        ),
-        "Both are better than AdaMerging": Expected(
-            (DEPTHS[1], DEPTHS[2], ADAMERGING), lambda one, two, a: min(one, two) > a, "{:.1f}, {:.1f} > {:.1f}"
-        ),
-    }
-    return show_methods(measured, expected)
+def first_tasks(suite: Suite, methods: list[str]) -> list[Condition]:
+    parts = dict.fromkeys(tuple(suite.tasks[:count]) for count in (4, 8, 16))  # without twins
+    return [Condition(f"{len(part)} tasks", methods, {"tasks": part}) for part in parts]
 
 
-MLP_ONLY, SEPARATELY, BLOCKS = DEPTHS[1], "WEMoE (1-layer, attention and MLP)", "WEMoE (1-layer, blocks)"
-
-
-@experiment(
-    "modules", "table6", minutes=10, methods=[MLP_ONLY, SEPARATELY, BLOCKS], conditions=beside(published.routed_modules)
-)
-def show_modules(measured: Measured) -> Shown:
-    """What is routed: MLPs, attention and MLPs, or entire blocks, by one-layer routers."""
-    expected = {
-        "Routing attention, too, is no worse than MLPs only": Expected(
-            (SEPARATELY, MLP_ONLY), lambda both, mlp: both >= mlp, "{:.1f} ≥ {:.1f}"
-        ),
-        "Routing entire blocks is worse than MLPs only": Expected(
-            (BLOCKS, MLP_ONLY), lambda blocks, mlp: blocks < mlp, "{:.1f} < {:.1f}"
-        ),
-    }
-    return show_methods(measured, expected)
-
-
-# ---- Other test images: Tables 4, 5 and 11, and what goes wrong under noise ------------------------------------------
-
-CORRUPTED = {"tasks": published.ROBUSTNESS_TASKS, "splits": tuple(CORRUPTIONS)}
+Experiment("tasks", [], 20, MORE, first_tasks, more_tasks=True, steps=80, about="More tasks merged.")(show_table)
 
 
 def in_suite(known: Iterable[str], tasks: list[str]) -> list[str]:
     """The suite's names of the paper's tasks: in the miniature, whose tasks are known, those of their counterparts."""
-    return [task if task in known else COUNTERPARTS[task] for task in tasks]
+    return [task if task in known else dict(zip(published.PUBLISHED_TASKS, TASKS))[task] for task in tasks]
 
 
-def authors_rates(suite: Suite, rates: dict[str, float]) -> dict[str, dict]:
-    """Condition.settings of methods for which the authors' program has another learning rate in this experiment."""
-    theirs = suite.of_the_paper and suite.adaptation.settings == "paper"
-    return {name: {"lr": lr} for name, lr in rates.items()} if theirs else {}
-
-
-def generalization_conditions(suite: Suite, methods: list[str]) -> list[Condition]:
-    conditions, settings = [], authors_rates(suite, dict.fromkeys(DEPTHS.values(), 2e-3))
+def six_of_eight(suite: Suite, methods: list[str]) -> list[Condition]:
+    """With the learning rates of the authors' program, where figures are theirs."""
+    found, settings = [], dict.fromkeys(DEPTHS, {"lr": 2e-3}) if suite.source == "paper" else {}
     for seen, unseen, rows in published.generalization(suite.name, suite.source):
-        seen, unseen = in_suite(suite.heads, seen), in_suite(suite.heads, unseen)
-        name, columns = f"merged without {' and '.join(unseen)}", {"Seen": seen, "Unseen": unseen}
-        conditions.append(Condition(name, methods, {"experts": tuple(seen)}, columns, rows, settings))
-    return conditions
+        columns = {"Seen": in_suite(suite.heads, seen), "Unseen": in_suite(suite.heads, unseen)}
+        name, change = f"merged without {' and '.join(columns['Unseen'])}", {"experts": tuple(columns["Seen"])}
+        found.append(Condition(name, methods, change, rows, columns, settings))
+    return found
 
 
-@experiment(
-    "generalization",
-    "table4",
-    minutes=8,
-    methods=["Pre-trained", *SHIFTED],
-    conditions=generalization_conditions,
-    tasks=published.PUBLISHED_TASKS,
-)
+@Experiment("generalization", ["table4"], 8, ["Pre-trained", *SHIFTED], six_of_eight, tasks=published.PUBLISHED_TASKS)
 def show_generalization(measured: Measured) -> Shown:
     """Six tasks merged, eight tested."""
-    groups, claims = {}, []
-    for condition in measured.conditions:
-        for part, tasks in condition.columns.items():
-            groups[f"{condition.name}:\n{part}".replace("without ", "without\n")] = condition.name, tasks
-        seen = {m: measured.average(condition.name, m, condition.columns["Seen"]) for m in condition.methods}
-        if len(seen) > 1 and (ours := seen.pop("WEMoE", None)) is not None:
-            text = f"WEMoE is the best on the tasks that were {condition.name}"
-            claims.append(claim(text, ours > max(seen.values()), f"{ours:.1f} > {max(seen.values()):.1f}"))
-    return Shown({"generalization": report.draw_conditions(measured.bars(groups))}, claims + published_claims(measured))
+    shown, frame, bars = show_table(measured), measured.frame, []
+    for one in measured.conditions:
+        for what, tasks in one.columns.items():
+            rows = frame[(frame.condition == one.name) & frame.task.isin(tasks)]
+            bars.append(rows.assign(condition=f"{one.name}: {what}"))
+        seen = measured.averages(one, one.columns["Seen"])
+        others = [average for name, average in seen.items() if not name.startswith("WEMoE")]
+        shown.numbers[f", {one.name}"] = {"best of the others": max(others), **seen} if others else {}
+    shown.figures["accuracy"] = figures.bars(figures.by(pd.concat(bars), "condition"))
+    return shown
 
 
-def corrupted(suite: Suite, kind: str, methods: list[str], **change) -> Condition:
-    """Four tasks merged and adapted on test images of this kind, "clean" or a corruption's name."""
-    tasks = in_suite(suite.heads, published.ROBUSTNESS_TASKS)
-    change |= {} if kind == "clean" else {"split": kind}
-    settings = authors_rates(suite, {DEPTHS[0]: 1e-3})
-    rows = published.robustness(suite.name, suite.source, kind)
-    return Condition(kind.replace("_", " "), methods, change, {"Average": tasks}, rows, settings)
+def corrupted(suite: Suite, methods: list[str], kinds: Iterable[str] = CORRUPTIONS, **change) -> list[Condition]:
+    """Four tasks merged and adapted, clean and under each kind of corruption; learning rates as in six_of_eight."""
+    found, settings = [], {"WEMoE (0-layer)": {"lr": 1e-3}} if suite.source == "paper" else {}
+    for kind in ("clean", *kinds):
+        change |= {"split": "test" if kind == "clean" else kind}
+        rows = published.robustness(suite.name, suite.source, kind)
+        found.append(Condition(kind.replace("_", " "), methods, dict(change), rows, settings=settings))
+    return found
 
 
-def corrupted_conditions(suite: Suite, methods: list[str], kinds: Iterable[str] = CORRUPTIONS) -> list[Condition]:
-    return [corrupted(suite, kind, methods) for kind in ("clean", *kinds)]
+NOISY, NOISE = partial(corrupted, kinds=["impulse_noise"]), CORRUPTED | {"splits": ("impulse_noise",)}
+SEVEN = CORRUPTED | {"about": "Four tasks merged, tested under seven corruptions."}
+Experiment("robustness", ["table5", "table11"], 20, [*SHIFTED, DIVERSE], corrupted, **SEVEN)(show_table)
 
 
-def draw_corrupted(measured: Measured, name: str, groups: dict[str, tuple[str, list[str]]]) -> dict:
-    suite, pictures = measured.suite, {}
-    for c in measured.conditions:
-        test = suite.variant(**c.change).test
-        pictures[c.name] = torch.cat([test[task][0][:6] for task in suite.tasks]), None
-    return {"tasks": report.draw_tasks(pictures), name: report.draw_conditions(measured.bars(groups))}
-
-
-@experiment(
-    "robustness",
-    "table5",
-    "table11",
-    minutes=20,
-    methods=[*SHIFTED, DIVERSE],
-    conditions=corrupted_conditions,
-    **CORRUPTED,
-)
-def show_robustness(measured: Measured) -> Shown:
-    """Four tasks merged, tested under seven corruptions."""
-    groups = {c.name: (c.name, measured.suite.tasks) for c in measured.conditions}
-    return Shown(draw_corrupted(measured, "robustness", groups), published_claims(measured))
-
-
-@experiment(
-    "collapse",
-    minutes=20,
-    methods=["Task Arithmetic", "WEMoE", DIVERSE],
-    conditions=partial(corrupted_conditions, kinds=("impulse_noise",)),
-    tasks=published.ROBUSTNESS_TASKS,
-    splits=("impulse_noise",),
-    seeds=5,
-)
+@Experiment("collapse", [], 20, ["Task Arithmetic", "WEMoE", DIVERSE], NOISY, seeds=5, **NOISE)
 def show_collapse(measured: Measured) -> Shown:
     """Where minimising the entropy goes wrong (the worst task under noise), and its cure, over five seeds."""
-    tasks = measured.suite.tasks
-    groups = {f"{c.name}:\n{task}": (c.name, [task]) for c in measured.conditions for task in tasks}
-    figures, methods = draw_corrupted(measured, "collapse", groups), ("Task Arithmetic", "WEMoE", DIVERSE)
-    if not measured.has(*methods):
-        return Shown(figures)
-    (clean, noise), of = (c.name for c in measured.conditions), measured.average
-    worst = min(tasks, key=lambda task: of(noise, "WEMoE", [task]) - of(noise, "Task Arithmetic", [task]))
-    arithmetic, plain, cured = (of(noise, method, [worst]) for method in methods)
-    gain, cost = (of(c, DIVERSE) - of(c, "WEMoE") for c in (noise, clean))
-    text = f"Under {noise}, WEMoE makes the worst-hit task ({worst}) worse than task arithmetic leaves it"
-    better = f"{worst} {cured:.1f} > {arithmetic:.1f}, average {gain:+.1f} against WEMoE without"
-    cure = "With diverse predictions it does not, and the average is better"
-    claims = [
-        claim(text, plain < arithmetic, f"{plain:.1f} < {arithmetic:.1f}"),
-        claim(cure, cured > arithmetic and gain > 0, better),
-        claim("That costs at most half a point on clean images", cost >= -0.5, f"{cost:+.1f}"),
-    ]
-    return Shown(figures, claims)
+    means = measured.frame.groupby(["condition", "task", "method"]).accuracy.mean().unstack()
+    shown, (clean, noise) = show_table(measured), (means.loc[one.name] for one in measured.conditions)
+    if {"Task Arithmetic", "WEMoE"} <= set(means):
+        worst = (noise["WEMoE"] - noise["Task Arithmetic"]).idxmin()
+        averages = clean.mean().add_suffix(", clean"), noise.mean().add_suffix(", noise")
+        shown.numbers[f" ({worst})"] = pd.concat([noise.loc[worst], *averages]).to_dict()
+    return shown
 
 
-# ---- Settings, one at a time (Figure 4), and λ (Figures 5 and 10) ----------------------------------------------------
-
-ABLATION = {
-    "lr": lambda s: [s.lr * factor for factor in (0.25, 0.5, 1, 2)],
-    "steps": lambda s: [max(1, round(s.steps * factor)) for factor in (0.125, 0.25, 0.5, 1)],
-    "init_lambda": lambda s: [0.1, 0.2, 0.3, 0.4, 0.5],
-    "share": lambda s: [0.02, 0.05, 0.1, 0.25, 1.0],
-}
+ABLATION = {"lr": (0.25, 0.5, 2), "steps": (0.125, 0.25, 0.5), "init_lambda": (1 / 3, 2 / 3, 4 / 3, 5 / 3)}
+ABLATION |= {"share": (0.02, 0.05, 0.1, 0.25)}  # setting -> times what is usual
 
 
-def ablation_conditions(suite: Suite, methods: list[str]) -> list[Condition]:
-    columns = {"Average": suite.tasks}
-    conditions = [Condition("as it is", methods, {}, columns)]
-    for setting, values in ABLATION.items():
-        for value in dict.fromkeys(values(suite.adaptation)):
-            if value != getattr(suite.adaptation, setting):
-                conditions.append(Condition(f"{setting} = {value:g}", ["WEMoE"], {setting: value}, columns))
-    return conditions
+def one_at_a_time(suite: Suite, methods: list[str]) -> list[Condition]:
+    found = [Condition("as it is", methods)]
+    for setting, factors in ABLATION.items():
+        usual = getattr(suite.adaptation, setting)
+        values = [type(usual)(round(factor * usual, 9)) or 1 for factor in factors]
+        found += [Condition(f"{setting} = {value:g}", ["WEMoE"], {setting: value}) for value in values]
+    return found
 
 
-@experiment("ablation", "fig4", minutes=15, methods=[*DEPTHS.values(), *RANKS.values()], conditions=ablation_conditions)
+@Experiment("ablation", ["fig4"], 15, [*DEPTHS, *RANKS], one_at_a_time)
 def show_ablation(measured: Measured) -> Shown:
     """Settings of WEMoE, one at a time, and accuracy during adaptation by learning rate, beside the authors'."""
-    suite, of, rates = measured.suite, partial(measured.average, "as it is"), {}
-    panels = {"router layers": {depth: of(name) for depth, name in DEPTHS.items()}}
-    panels["rank"] = {rank: of(name) for rank, name in RANKS.items()}
-    for condition in measured.conditions:
-        if entries := measured.entries[condition.name].get("WEMoE"):
-            settings = condition.change or {setting: getattr(suite.adaptation, setting) for setting in ABLATION}
-            for setting, value in settings.items():
-                panels.setdefault(setting, {})[value] = measured.average(condition.name, "WEMoE")
-            if "lr" in settings:
-                curve = entries[0]["adaptation"]
-                rates[f"lr = {settings['lr']:g}"] = dict(zip(curve["steps"], curve["accuracy"]))
-    known = {name: {x: y for x, y in sorted(points.items()) if y is not None} for name, points in panels.items()}
-    lines = {name: {"WEMoE": {f"{x:g}": y for x, y in points.items()}} for name, points in known.items() if points}
-    curves = published.adaptation_curves(suite.name) if suite.source else []
-    theirs = {f"lr = {c['learning_rate']:g}": dict(zip(c["steps"], c["average"])) for c in curves}
-    figures = {"ablation": report.draw_lines(lines, columns=3)}
-    figures["rates"] = report.draw_lines({"adaptation step": rates}, {"adaptation step": theirs})
-    return Shown(figures)
+    suite, frame, curves = measured.suite, measured.frame, []
+    for part in measured.conditions:
+        if "WEMoE" in (first := measured.first(part)) and part.change.keys() <= {"lr"}:
+            lr = part.change.get("lr", suite.adaptation.lr)
+            curves += points_of(f"lr = {lr:g}", first["WEMoE"]["adaptation"])
+    for curve in published.adaptation_curves(suite.name) if suite.source else []:
+        curves += points_of(f"lr = {curve['learning_rate']:g}", curve, True)
+    wide = figures.by(frame.assign(method=frame.method + ", " + frame.condition), "task")
+    pictures = {"rates": figures.lines(curves, "adaptation step", "")} if curves else {}
+    return Shown(pictures, {"": figures.spread(figures.averaged(wide))})
 
 
-LAMBDAS = tuple(i / 10 for i in range(11))  # of methods that merge once
-
-
-def sweep_conditions(suite: Suite, methods: list[str]) -> list[Condition]:
+def at_each_lambda(suite: Suite, methods: list[str]) -> list[Condition]:
     """For each kind of images, one condition for what merges once, at all λ, and one for each λ where routers start."""
-    kinds, starts = ("clean", "impulse_noise"), (0.1, 0.3, 0.6, 1.0)
-    if suite.of_the_paper:
-        kinds, starts = ("clean", *CORRUPTIONS), LAMBDAS[1:]
-    adapting = [name for name in methods if name in DEPTHS.values()]
-    merging = [name for name in methods if name not in adapting]
-    conditions = []
-    for kind in kinds:
-        conditions += [corrupted(suite, kind, merging)] if merging else []
-        for lam in starts if adapting else ():
-            conditions.append(replace(corrupted(suite, kind, adapting, init_lambda=lam), name=f"{kind}, λ = {lam}"))
-    return conditions
+    small = suite.name.startswith("miniature")
+    kinds, starts = (["impulse_noise"], (0.1, 0.3, 0.6, 1.0)) if small else (CORRUPTIONS, LAMBDAS[1:])
+    once, routed = ([name for name in methods if (name in DEPTHS) == wanted] for wanted in (False, True))
+    found = corrupted(suite, once, kinds) if once else []
+    for lam in starts if routed else ():
+        started = corrupted(suite, routed, kinds, init_lambda=lam)
+        found += [replace(one, name=f"{one.name}, λ = {lam}") for one in started]
+    return found
 
 
-@experiment(
-    "sweep",
-    "fig5",
-    "fig10",
-    minutes=5,
-    methods=["Task Arithmetic", "TIES-Merging", DEPTHS[0], DEPTHS[2]],
-    conditions=sweep_conditions,
-    steps=40,
-    scalings=LAMBDAS,
-    **CORRUPTED,
-)
+@Experiment("sweep", ["fig5", "fig10"], 5, SWEPT, at_each_lambda, steps=40, scalings=LAMBDAS, **CORRUPTED)
 def show_sweep(measured: Measured) -> Shown:
     """Accuracy against λ, under corruptions: a panel and a table for each, with the published points."""
-    suite, tasks = measured.suite, measured.conditions[0].columns["Average"]
-    ours, theirs, texts = {}, {}, []
-    for condition in measured.conditions:
-        lines = ours.setdefault(condition.change.get("split", "clean"), {})
-        for name, (entry, *_) in measured.entries[condition.name].items():
-            lam = condition.change.get("init_lambda")
-            points = by_scaling(entry, tasks) if lam is None else {lam: measured.average(condition.name, name)}
-            lines.setdefault(name, {}).update(points)
-    for kind, lines in ours.items():
-        known = published.sweep(suite.name, kind) if suite.source else {}
-        theirs[kind] = {
-            name: {lam: statistics.mean(cells.values()) for lam, cells in known[name].items()}
-            for name in lines
-            if name in known and not (suite.shortened and name in DEPTHS.values())
-        }
-        rows = []
-        for name, points in lines.items():
-            for label, known in ((name, points), ("  published (paper)", theirs[kind].get(name))):
-                rows += [[label, *(report.number(known.get(lam)) for lam in LAMBDAS)]] if known else []
-        texts.append(f"## {kind}\n\n" + report.markdown(["Method, λ =", *map(str, LAMBDAS)], rows))
-    return Shown({"sweep": report.draw_lines(ours, theirs, columns=4)}, [], "\n".join(texts))
+    suite, points, tables = measured.suite, [], {}
+    for one in measured.conditions:
+        kind, lam = one.change["split"].replace("test", "clean"), one.change.get("init_lambda")
+        for name, entry in measured.first(one).items():
+            found = [(lam, entry["average"])] if lam else [(p["scaling"], p["average"]) for p in entry["curve"]]
+            points += [(kind, name, *point, False) for point in found]
+    for kind, name in dict.fromkeys(point[:2] for point in points) if suite.source else ():
+        known = {} if suite.shortened and name in DEPTHS else published.sweep(suite.name, kind)
+        points += [(kind, name, lam, mean(cells.values()), True) for lam, cells in known.get(name, {}).items()]
+    for kind, rows in DataFrame(points).groupby(0, sort=False):
+        rows = rows.assign(method=rows[1] + rows[4].map({True: ", published", False: ""}), seed=0, accuracy=rows[3])
+        tables[kind] = figures.spread(figures.by(rows, 2).sort_index(axis=1).rename(columns=str))
+    return Shown({"sweep": figures.lines(points, "λ")}, tables)
 
 
-# ---- What is routed, how many layers, and routers that are unloaded --------------------------------------------------
-
-SHARES = {share: f"WEMoE (deepest {share:.0%})" for share in (0.25, 0.5, 0.75)}
-
-
-def deepest_mlps(model: nn.Module, share: float) -> str:
-    """A regular expression for the MLPs of the deepest blocks, so many of all: `modules` of wemoe.upscale."""
-    names = [name for name, _ in model.named_modules() if name.endswith(".mlp")]
-    return f"^({'|'.join(map(re.escape, names[-max(1, round(share * len(names))) :]))})$"
-
-
-@experiment("layers", "appendixd", minutes=5, methods=["Task Arithmetic", *SHARES.values(), "WEMoE"])
-def show_layers(measured: Measured) -> Shown:
-    """Only the deeper MLPs routed: accuracy, parameters and time of evaluation."""
-    found = [
-        (e["name"], len(e.get("routing", ())), e["average"], e["total_parameters"] / 1e6, e["evaluation_seconds"])
-        for e in sorted(measured.first().values(), key=lambda entry: len(entry.get("routing", ())))
-    ]
-    names = ["accuracy (%)", "parameters (millions)", "seconds of evaluation"]
-    panels = {name: {"routed layers": {values[1]: values[i] for values in found}} for i, name in enumerate(names, 2)}
-    rows = [[name, str(layers), *map(report.number, values)] for name, layers, *values in found]
-    figure = report.draw_lines(panels, ylabel="")
-    return Shown({"layers": figure}, [], report.markdown(["Method", "Routed layers", *panels], rows))
-
-
-UNLOADED = "WEMoE (0-layer, unloaded)"
-
-
-@experiment("unload", "appendixb3", minutes=2, methods=["Task Arithmetic", DEPTHS[0], UNLOADED], details=True)
-def show_unload(measured: Measured) -> Shown:
-    """Constant routers merged once and for all: the same accuracies from a dense model."""
-    names = DEPTHS[0], UNLOADED, "Task Arithmetic"
-    if not measured.has(*names):
-        return Shown()
-    routed, unloaded, dense = (measured.first()[name] for name in names)
-    most = max(abs(routed["accuracy"][task] - unloaded["accuracy"][task]) for task in measured.suite.tasks)
-    sizes = [entry["total_parameters"] for entry in (unloaded, dense)]
-    same = claim("Unloaded, each task's accuracy is the same to half a point", most <= 0.5, f"at most {most:.2f} apart")
-    small = claim("It has the dense model's parameters", sizes[0] == sizes[1], "{:,} and {:,}".format(*sizes))
-    return Shown({}, [same, small])
-
-
-# ---- What routers do (Figures 11 and 12) -----------------------------------------------------------------------------
-
-
-@experiment("routing", "fig11", "fig12", minutes=3, methods=["WEMoE"])
-def show_routing(measured: Measured) -> Shown:
-    """Mean routing weights and first choices, by layer and task."""
-    tasks, entry = measured.suite.tasks, measured.first()["WEMoE"]
-    figures = {"routing": report.draw_routing(tasks, entry["routing"])}
-    figures["first_choice"] = report.draw_routing(tasks, entry["first_choice"], first=True)
-    own = {name: statistics.mean(row[i] for i, row in enumerate(m)) for name, m in entry["first_choice"].items()}
-    rows = [[name, report.number(100 * share)] for name, share in own.items()]
-    return Shown(figures, [], report.markdown(["Layer", "own expert first (% of images)"], rows))
-
-
-# ---- Task vectors by layer (Figure 3), and the loss between them (Figure 7) ------------------------------------------
-
-
-@experiment("vectors", "fig3", minutes=1, methods=[], conditions=lambda *_: [])
+@Experiment("vectors", ["fig3"], 1, [], lambda *_: [])
 def show_vectors(measured: Measured) -> Shown:
-    """Lengths |τ_t| and angles between θ_t and θ_0 by layer, attention against MLP: means over tasks."""
-    suite, lengths, cosines = measured.suite, {}, {}
-    states = [model.state_dict() for model in (suite.pretrained, *suite.experts.values())]
-    groups: dict[tuple[str, int], list[str]] = {}
-    for name in states[0]:
-        if found := re.search(r"\.(\d+)\.(attn|mlp)\.", name):
-            groups.setdefault((found[2], int(found[1])), []).append(name)
-    for (part, layer), names in sorted(groups.items()):
-        start, *ends = (torch.cat([state[name].flatten() for name in names]).double() for state in states)
-        lengths.setdefault(part, {})[layer] = statistics.mean((e - start).norm().item() for e in ends)
-        cosines.setdefault(part, {})[layer] = statistics.mean(F.cosine_similarity(e, start, dim=0).item() for e in ends)
-    panels = {"layer: length of τ": lengths, "layer: cosine of θ_t and θ_0": cosines}
-    rows = [[f"{p}, {layer}", f"{lengths[p][layer]:.4f}", f"{cosines[p][layer]:.6f}"] for p, layer in sorted(groups)]
-    return Shown({"vectors": report.draw_lines(panels, ylabel="")}, [], report.markdown(["Part", *panels], rows))
-
-
-LANDSCAPE = "Task Arithmetic of two tasks"
-
-
-@torch.no_grad()
-def landscape(suite: Suite, points: int = 11, count: int = 128) -> tuple[nn.Module, dict]:
-    """The mean loss of two tasks' test images over (λ_1, λ_2) in [-1, 1]², on a grid of so many points a side."""
-    model = copy.deepcopy(suite.pretrained).to(suite.device)
-    vectors = [wemoe.task_vector(suite.pretrained, expert) for expert in suite.experts.values()]
-    grid = [2 * i / (points - 1) - 1 for i in range(points)]
-    test = {task: [part[:count] for part in suite.test[task]] for task in suite.experts}
-
-    def loss(*scaling: float) -> float:
-        model.load_state_dict(wemoe.task_arithmetic(suite.pretrained, vectors, scaling))
-        losses = [
-            F.cross_entropy(suite.logits(task)(model(suite.inputs(images))), labels.to(suite.device)).item()
-            for task, (images, labels) in test.items()
-        ]
-        return round(statistics.mean(losses), 6)
-
-    losses = [[loss(first, second) for second in grid] for first in grid]
-    model.load_state_dict(wemoe.task_arithmetic(suite.pretrained, vectors, 0.3))
-    return model, {"grid": grid, "loss": losses}  # losses[i][j] is at (grid[i], grid[j])
+    """Lengths |τ_t| and cosines of θ_t and θ_0 by layer, attention against MLP: means over tasks."""
+    start, rows = measured.suite.pretrained.state_dict(), []
+    for task, expert in measured.suite.experts.items():
+        for name, end in expert.state_dict().items():
+            if part := re.search(r"\.(\d+)\.(attn|mlp)\.", name):
+                a, b = (value.double().flatten() for value in (start[name], end))
+                rows.append([task, part[2], int(part[1]), *map(float, ((b - a) @ (b - a), a @ b, a @ a, b @ b))])
+    sums = DataFrame(rows).groupby([0, 1, 2]).sum()
+    means = DataFrame({"length of τ": sums[3] ** 0.5, "cosine to θ_0": sums[4] / (sums[5] * sums[6]) ** 0.5})
+    means = means.groupby(level=[1, 2]).mean()
+    points = [(what, part, layer, y, False) for what in means for (part, layer), y in means[what].items()]
+    named = means.set_axis([f"{part}, {layer}" for part, layer in means.index]).map("{:.6f}".format)
+    return Shown({"vectors": figures.lines(points, "layer", "")}, {"": named.rename_axis("Part")})
 
 
 def pairs_of_tasks(suite: Suite, methods: list[str]) -> list[Condition]:
-    if len(suite.tasks) % 2:
-        raise InputError(f"the experiment landscape is about pairs of tasks: {len(suite.tasks)} leave one alone")
-    pairs = zip(suite.tasks[::2], suite.tasks[1::2])
-    return [Condition(" and ".join(pair), methods, {"experts": pair}, {"Average": list(pair)}) for pair in pairs]
+    """Of an odd number of tasks the last one is paired with the first."""
+    pairs = itertools.zip_longest(suite.tasks[::2], suite.tasks[1::2], fillvalue=suite.tasks[0])
+    return [Condition(" and ".join(pair), methods, {"experts": pair}) for pair in pairs]
 
 
-@experiment("landscape", "fig7", minutes=3, methods=[LANDSCAPE], conditions=pairs_of_tasks)
-def show_landscapes(measured: Measured) -> Shown:
+@Experiment("landscape", ["fig7"], 3, ["Task Arithmetic of two tasks"], pairs_of_tasks)
+def show_landscape(measured: Measured) -> Shown:
     """The loss over (λ1, λ2) for pairs of tasks."""
-    surfaces, rows = {}, []
-    for condition in measured.conditions:
-        ((entry, *_),) = measured.entries[condition.name].values()
-        grid, loss = entry["grid"], entry["loss"]
-        least, i, j = min((value, i, j) for i, row in enumerate(loss) for j, value in enumerate(row))
-        surfaces[condition.name] = tuple(condition.change["experts"]), grid, loss
-        rows.append([condition.name, f"({grid[i]:.1f}, {grid[j]:.1f})", f"{least:.3f}"])
-    text = report.markdown(["Pair of tasks", "(λ1, λ2) of the least loss", "loss (nats)"], rows)
-    return Shown({"landscape": report.draw_landscapes(surfaces)}, [], text)
+    losses = {e["condition"]: DataFrame(e["loss"], e["grid"], e["grid"]) for e in measured.entries}  # λ1 by λ2
+    least = {name: [*loss.stack().idxmin(), loss.min(axis=None)] for name, loss in losses.items()}
+    table = DataFrame(least, ["λ1", "λ2", "least loss (nats)"]).T.map("{:.3g}".format).rename_axis("Pair of tasks")
+    upright = {name: loss.T[::-1] for name, loss in losses.items()}
+    return Shown({"landscape": figures.heat(upright, "loss (nats)", ("λ1", "λ2"))}, {"": table})
 
 
-# ---- Parameters, of the architecture alone (Tables 1, 8 and 9) -------------------------------------------------------
-
-
-@experiment("parameters", "table8", "table1", "table9", minutes=1, methods=[], conditions=None)
+@Experiment("parameters", ["table8", "table1", "table9"], 1, [], None)
 def show_parameters(_: None) -> Shown:
     """Numbers of parameters, computed from the architectures: no weights, no download."""
-    rows = [[what, f"{ours:,}", paper, "yes" if rounds_to(ours, paper) else "no"] for what, ours, paper in compared()]
-    equal = [row[-1] == "yes" for row in rows]
-    text = "Numbers of parameters are those of Tables 1, 8 and 9, to the digits printed"
-    claims = [claim(text, all(equal), f"{sum(equal)} of {len(equal)}")]
-    return Shown({}, claims, report.markdown(["Parameters", "ours", "the paper's", "equal"], rows))
-
-
-# ---- Harder questions: nobody tells the task; more tasks -------------------------------------------------------------
-
-
-def task_free(suite: Suite, methods: list[str]) -> list[Condition]:
-    """All tasks as they are; the entries of methods tell, too, how often head and class are right together."""
-    return [replace(condition, change={"task_free": True}) for condition in one_table(suite, methods)]
-
-
-@experiment(
-    "taskfree",
-    minutes=6,
-    conditions=task_free,
-    usual=["Task Arithmetic", "TSV-M", ADAMERGING, "WEMoE", "SMILE", "MASS", "Individual"],
-)
-def show_task_free(measured: Measured) -> Shown:
-    """Accuracy where nobody tells the task of an image: its head is chosen, too (suite.evaluate_task_free)."""
-    rules = {"": "head given", "entropy": "lowest entropy", "routing": "routing weights", "logit": "logit"}
-    groups: dict[str, dict[str, list[float]]] = {text: {} for text in rules.values()}
-    for name, entries in measured.entries["main"].items():
-        found = [{"": entry["accuracy"], **entry["task_free"]} for entry in entries]
-        for rule in found[0]:
-            chosen = [{"accuracy": accuracy[rule]} for accuracy in found]
-            groups[rules[rule]][name] = report.averages(chosen, measured.suite.tasks)
-    return Shown({"task_free": report.draw_conditions(groups)}, [], report.by_group(groups))
-
-
-def numbers_of_tasks(suite: Suite, methods: list[str]) -> list[Condition]:
-    counts = [*(count for count in (4, 8) if count < len(suite.tasks)), len(suite.tasks)]
-    parts = {f"{count} tasks": tuple(suite.tasks[:count]) for count in counts}
-    return [Condition(name, methods, {"tasks": part}, {"Average": list(part)}) for name, part in parts.items()]
-
-
-@experiment(
-    "tasks",
-    minutes=12,
-    methods=[
-        *("Task Arithmetic", "TSV-M", ADAMERGING, "WEMoE (rank 16)", "WEMoE"),
-        *("WEMoE (TSV-M elsewhere)", "Oracle routing", "Oracle routing (TSV-M elsewhere)", "Individual"),
-    ],
-    conditions=numbers_of_tasks,
-    more_tasks=True,
-    steps=80,
-)
-def show_numbers_of_tasks(measured: Measured) -> Shown:
-    """Accuracy against the number of tasks that are merged, and what limits it."""
-    groups = measured.bars({c.name: (c.name, c.columns["Average"]) for c in measured.conditions})
-    lines: dict[str, dict[float, float]] = {}
-    for condition, group in zip(measured.conditions, groups.values()):
-        for name, values in group.items():
-            lines.setdefault(name, {})[len(condition.columns["Average"])] = statistics.mean(values)
-    return Shown({"tasks": report.draw_lines({"number of tasks": lines})}, [], report.by_group(groups))
+    rows = [[what, f"{n:,}", paper, published.rounds_to(n, paper)] for what, n, paper in published.compared()]
+    table = DataFrame(rows, columns=["Parameters", "ours", "the paper's", "equal"]).set_index("Parameters")
+    return Shown({}, {"": table.astype(str)}, {"": {"equal": int(table.equal.sum()), "all": len(table)}})

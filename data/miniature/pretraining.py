@@ -10,11 +10,9 @@ name of another class of the same task. So the vision tower has strong features,
 are built from the class names, fit them only in part. That is where fine-tuning begins, as with CLIP.
 """
 
-import argparse
 import math
 import random
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import open_clip
 import torch
@@ -27,14 +25,16 @@ from data.miniature.tasks import CAPTIONS, CHECKPOINT, TASKS, build_model, norma
 
 NAMED = 0.05  # share of the new text tower's captions that use a class name
 MIXED = (0.15, 0.5)  # how often that name is a neighbour's, drawn per class
+STEPS, TEXT_STEPS = 2000, 500  # of both towers; then, of a new text tower
+PER_CLASS = 1000  # pictures drawn of every class; for the new text tower, 60
 
 
-def write_captions(named: float, mixed: tuple[float, float], seed: int) -> Iterator[Tensor]:
+def write_captions(named: float, mixed: tuple[float, float]) -> Iterator[Tensor]:
     """Batches of captions without end, each with the tokens of one for a picture of every class.
 
     People write mostly other wordings, seldom (`named`) a class name, and at times (`mixed`) the wrong one.
     """
-    rng, habits = random.Random(seed), {}
+    rng, habits = random.Random(0), {}
     for task in TASKS:  # the class of the same task that people take a class for, and how often they do
         ring = rng.sample(TASKS[task].classes, len(TASKS[task].classes))
         for name, neighbour in zip(ring, ring[1:] + ring[:1]):
@@ -75,22 +75,19 @@ def minimise(
     """Train the model on a loss that draws its own batches, at a learning rate that rises and falls once."""
     lr = optimizer.defaults["lr"]
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1, **rest)
-    bar = tqdm(range(steps), desc="training")
-    for _ in bar:
+    for _ in tqdm(range(steps), desc="training"):
         optimizer.zero_grad()
-        value = loss()
-        value.backward()
+        loss().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         rates.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
-        bar.set_postfix(loss=f"{value.item():.3f}", scale=f"{model.logit_scale.exp().item():.1f}")
 
 
-def pretrain(pool: Tensor, captions: Iterator[Tensor], steps: int, seed: int) -> open_clip.CLIP:
+def pretrain(pool: Tensor, captions: Iterator[Tensor]) -> open_clip.CLIP:
     """Contrastive image-caption training; a batch has one picture of every class, so that captions seldom agree."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = build_model().train()
     weights = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
@@ -101,17 +98,17 @@ def pretrain(pool: Tensor, captions: Iterator[Tensor], steps: int, seed: int) ->
         return contrastive(scale, features, texts)
 
     optimizer = torch.optim.AdamW(groups, lr=1.5e-3, betas=(0.9, 0.98))
-    minimise(loss, model, optimizer, steps, clip=1.0, cycle_momentum=False)
+    minimise(loss, model, optimizer, STEPS, clip=1.0, cycle_momentum=False)
     return model.eval()
 
 
-def tune_text(model: open_clip.CLIP, pool: Tensor, captions: Iterator[Tensor], steps: int, seed: int) -> open_clip.CLIP:
+def tune_text(model: open_clip.CLIP, pool: Tensor, captions: Iterator[Tensor]) -> open_clip.CLIP:
     """Lock the vision tower and train a new text tower on it for a short while (LiT, arXiv 2111.07991).
 
     It fits the vision tower and the logit scale as they are shipped, rounded to half precision.
     """
     vision = model.visual.half().float().eval()
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     tuned = build_model().train()
     tuned.visual, tuned.logit_scale = vision.requires_grad_(False), model.logit_scale
     with torch.no_grad():
@@ -122,29 +119,16 @@ def tune_text(model: open_clip.CLIP, pool: Tensor, captions: Iterator[Tensor], s
     def loss() -> Tensor:
         return contrastive(scale, choose(features), tuned.encode_text(next(captions), normalize=True))
 
-    minimise(loss, tuned, torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.1), steps, clip=math.inf)
+    minimise(loss, tuned, torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.1), TEXT_STEPS, clip=math.inf)
     return tuned.eval()
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data.miniature.pretraining",
-        description="Pre-train the small CLIP on captioned pictures and write its checkpoint.",
-    )
-    add = parser.add_argument
-    add("--steps", type=int, default=2000, help="training steps of both towers (default %(default)s)")
-    add("--text-steps", type=int, default=500, help="then, of a new text tower (default %(default)s)")
-    add("--per-class", type=int, default=1000, help="pictures drawn of every class (default %(default)s)")
-    add("--seed", type=int, default=0, help="default %(default)s")
-    add("--output", type=Path, default=CHECKPOINT, help="default %(default)s")
-    args = parser.parse_args(arguments)
-    described, named = write_captions(0, (0, 0), args.seed), write_captions(NAMED, MIXED, args.seed)
-    model = pretrain(draw_pool(args.per_class, args.seed), described, args.steps, args.seed)
-    model = tune_text(model, draw_pool(min(60, args.per_class), args.seed + 1), named, args.text_steps, args.seed)
-    state = {name: value.half().contiguous() for name, value in model.state_dict().items()}
-    settings = {name: str(value) for name, value in vars(args).items() if name != "output"}
-    save_file(state, args.output, {"command": "python -m data.miniature.pretraining", **settings})
+def main() -> dict[str, Tensor]:
+    """The shipped checkpoint, made anew."""
+    model = pretrain(draw_pool(PER_CLASS, seed=0), write_captions(0, (0, 0)))
+    model = tune_text(model, draw_pool(min(60, PER_CLASS), seed=1), write_captions(NAMED, MIXED))
+    return {name: value.half().contiguous() for name, value in model.state_dict().items()}
 
 
 if __name__ == "__main__":
-    main()
+    save_file(main(), CHECKPOINT)

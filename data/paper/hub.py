@@ -1,426 +1,243 @@
-"""The paper's suite: tasks and architectures, the repositories that hold them, what a run needs on disk, the weights.
+"""The paper's suite: CLIP, its fine-tuned vision towers and the eight data sets, from the model hub or a mirror of it.
 
-Everything comes from the model hub, or (`hub`) from a mirror of it on disk in which every repository is a folder of its
-own name, as `hf download REPO --repo-type … --local-dir DIR/REPO` makes it. What cannot be used is refused with an
-InputError.
+`huggingface_hub` keeps what it downloads, and then needs no network; in a mirror a repository REPO is the folder that
+`hf download REPO --local-dir MIRROR/REPO` makes. What a library cannot use is a ValueError of one sentence.
 """
 
-import json
-import math
-import os
 import re
-import shutil
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from types import SimpleNamespace
 
+import datasets
+import numpy as np
 import open_clip
-import pyarrow.parquet as pq
 import torch
-from huggingface_hub import HfApi, HfFileSystem, constants, hf_hub_download
-from huggingface_hub.file_download import repo_folder_name
-from open_clip.transform import PreprocessCfg, merge_preprocess_dict
-from open_clip.utils import to_2tuple
+from accelerate import PartialState
+from huggingface_hub import snapshot_download
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
+from torchvision.transforms.functional import normalize
 
-from data.files import InputError, fingerprint, one_line, read_kept, some, write
+from data.paper.authors import filled, load_authors, reading
+from data.paper.published import adaptation_curves, eight_tasks, read
+from data.run import Adaptation, Loaded, Suite, Training, fingerprint, make_experts, progress, write
 
-
-class Task(NamedTuple):
-    """A classification task: its data set on the hub, and the class names and prompts that make its zero-shot head."""
-
-    name: str
-    about: str
-    checkpoint_suffix: str
-    templates: list[str]
-    classes: list[str]
-    repo: str
-    config: str | None
-    split: str
-    images: int
-    image_column: str
-    label_column: str
+# By name: the data set on the hub (repo, config, split, images), and what makes a zero-shot head (classes, templates).
+TASKS = {task["name"]: SimpleNamespace(**task, **task["dataset"]) for task in read("tasks.json")["tasks"]}
+ARCHITECTURES = read("tasks.json")["architectures"]  # where weights are, and vision towers fine-tuned on a task
+TRAINING = Training(images=None, steps=4000, lr=1e-5, weight_decay=0, warmup=1)
+ADAPTATION = Adaptation(steps=1000, lr=1e-4, lambda_steps=500, lambda_lr=1e-3, mask_steps=2000, mask_lr=1e-3)
+column = partial(datasets.load_dataset, "parquet", split="train", streaming=True)  # rows of parquet files
 
 
-class Architecture(NamedTuple):
-    """A CLIP: open_clip's name and tag for it, and where the hub keeps its weights and its fine-tuned vision towers."""
-
-    name: str
-    model: str
-    pretrained: str
-    repo: str
-    experts: str | None
-
-
-TASKS = {
-    task["name"]: Task(**task.pop("dataset"), **task)
-    for task in json.loads(Path(__file__).with_name("tasks.json").read_text(encoding="utf-8"))["tasks"]
-}
-# OpenAI's weights need QuickGELU; with open_clip's plain names they would load too, and silently lose accuracy.
-ARCHITECTURES = {
-    name: Architecture(name, f"{name}-quickgelu", "openai", f"timm/{timm}_clip_224.openai", f"tanganke/{expert}_{{}}")
-    for name, timm, expert in (
-        ("ViT-B-32", "vit_base_patch32", "clip-vit-base-patch32"),
-        ("ViT-B-16", "vit_base_patch16", "clip-vit-base-patch16"),
-        ("ViT-L-14", "vit_large_patch14", "clip-vit-large-patch14"),
-    )
-}
-
-
-def architecture(name: str, pretrained: str = "openai") -> Architecture:
-    """One of the paper's architectures, or any other that open_clip has weights for (without published experts)."""
-    if name in ARCHITECTURES and pretrained == "openai":
-        return ARCHITECTURES[name]
-    tag = open_clip.get_pretrained_cfg(name, pretrained)
-    if not tag:
-        known = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none: no architecture of that name"
-        raise InputError(f"open_clip has no weights {pretrained!r} for {name!r}; it has: {known}")
-    return Architecture(name, name, pretrained, os.path.split(tag.get("hf_hub", ""))[0], None)
-
-
-def preprocessing(arch: Architecture) -> PreprocessCfg:
-    """How open_clip prepares images for this model: size (H, W), interpolation, cropping, mean and deviation."""
-    size = open_clip.get_model_config(arch.model)["vision_cfg"].get("image_size", 224)
-    tag = open_clip.get_pretrained_cfg(arch.model, arch.pretrained)
-    return PreprocessCfg(**merge_preprocess_dict({**tag, "size": to_2tuple(size)}, {}))
-
-
-# ------------------------------------------------------------------------------------------------ the hub or its mirror
-
-
-@contextmanager
-def refusing(sentence: str) -> Iterator[None]:
-    """Whatever goes wrong meanwhile is an InputError: the sentence, and the cause. Libraries raise what they like."""
-    try:
-        yield
-    except Exception as error:
-        # Of torch.load, without its advice to run what is in the file.
-        cause = error.__context__ if isinstance(error, UnpicklingError) else error
-        raise InputError(f"{sentence}: {one_line(cause or error)}") from error
-
-
-class Repository(NamedTuple):
-    """One repository's files and their sizes in bytes, in a folder of a mirror or of the hub client's cache.
-
-    `revision` is the commit on the hub from which the cache gets the files that it lacks; None without a hub.
-    """
-
-    name: str
-    kind: str
-    folder: Path
-    sizes: dict[str, int]
-    revision: str | None = None
-
-    @property
-    def where(self) -> object:
-        return self.folder if self.revision is None else self.name
-
-    def on_disk(self, file: str) -> Path | None:
-        """Where a file is already; None: still to download."""
-        path = self.folder / file
-        return path if self.revision is None or path.exists() else None
-
-    def fetch(self, file: str) -> Path:
-        """The file on disk, downloaded if need be. Raises InputError when that fails or something else lies there."""
-        path = self.on_disk(file)
-        with refusing(f"cannot download {file} of {self.name}"):
-            path = path or Path(hf_hub_download(self.name, file, repo_type=self.kind, revision=self.revision))
-        refuse_mistaken(path)
-        return path
-
-    def bytes_of(self, *files: str) -> Counter[str]:
-        """The bytes of these files that are to "download", and of those that are "present"."""
-        size = Counter()
-        for file in files:
-            size["present" if self.on_disk(file) else "download"] += self.sizes.get(file, 0)
-        return size
-
-    def rows(self, file: str) -> int:
-        """How many a parquet file has. It says so in its last bytes: no more is read of one that is on the hub."""
-        with refusing("a parquet file cannot be read"):
-            source = self.on_disk(file) or HfFileSystem().open(f"datasets/{self.name}/{file}", revision=self.revision)
-            return pq.read_metadata(source).num_rows
-
-    def first(self, *names: str, folder: str = "") -> str:
-        """The first of these files in a folder, or in the nearest below it. Raises InputError when there is none."""
-        files = [file for file in self.sizes if file.startswith(folder)]
-        found = [file for file in files if Path(file).name in names]
-        if not found:
-            where = f"{self.where}{folder and ' in ' + folder}"
-            raise InputError(f"{where} has no {' or '.join(names)}; it has: {some(files)}")
-        return min(found, key=lambda file: (file.count("/"), names.index(Path(file).name)))
-
-
-def repository(name: str, kind: str, hub: Path | None) -> Repository:
-    """List a repository: `kind` is "model" or "dataset". Without a network, what an earlier run has downloaded will do:
-    the fullest, then latest, snapshot in the hub client's cache, be it partial.
-
-    (`snapshot_download` without a network finds only what refs/main names, and a download by commit writes none.)
-    Raises InputError when it is neither in the mirror, nor on the hub, nor in the cache.
-    """
-    folder, trouble = Path(hub or "", name), None
-    if hub is None:
-        snapshots = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=kind), "snapshots")
-        try:
-            info = HfApi().repo_info(name, repo_type=kind, files_metadata=True)
-            sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-            return Repository(name, kind, snapshots / info.sha, sizes, info.sha)
-        except Exception as error:
-            trouble = f"cannot reach {name} on the model hub ({one_line(error)}); --hub DIR reads a mirror on disk"
-        kept = snapshots.glob("*")
-        folder = max(kept, key=lambda path: (len(files_in(path)), path.stat().st_mtime), default=snapshots)
-    if sizes := files_in(folder):
-        return Repository(name, kind, folder, sizes)
-    command = f"hf download {name} --repo-type {kind} --local-dir {folder}"
-    raise InputError(trouble or f"the mirror has no files in {folder}; `{command}` gets them")
-
-
-def files_in(folder: Path) -> dict[str, int]:
-    """The sizes of all files below a folder by their paths in it; links are followed, but not in a circle."""
-    sizes = {}
-    for here, folders, files in os.walk(folder, followlinks=True):
-        above = {os.path.realpath(path) for path in (Path(here), *Path(here).parents)}
-        folders[:] = [name for name in folders if os.path.realpath(os.path.join(here, name)) not in above]
-        paths = [Path(here, name) for name in files]
-        sizes |= {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths if path.is_file()}
-    return sizes
-
-
-SHARD = re.compile(r"((?P<folder>.*)/)?(?P<split>[^/]+?)(-(?P<number>\d{5})-of-(?P<count>\d{5})(-\w+)?)?\.parquet")
-
-
-def shards(repo: Repository, config: str | None, split: str, test: str) -> list[str]:
-    """The parquet files of one split, in order: [CONFIG/]SPLIT-00000-of-0000N.parquet in one folder, all N of them.
-
-    The split "test" is the one that the data set calls `test`. Raises InputError for a missing split, for missing
-    shards, and for shards of several versions or configurations.
-    """
-    split = test if split == "test" else split
-    found = [match for file in sorted(repo.sizes) if (match := SHARD.fullmatch(file))]
-    found = [match for match in found if config in (None, Path(match["folder"] or "").name)]
-    parts = [(m["folder"], int(m["count"] or 1), int(m["number"] or 0)) for m in found if m["split"] == split]
-    where = f"{repo.where}{f', configuration {config},' if config else ''}"
-    if not parts:
-        splits = some({match["split"] for match in found})
-        raise InputError(f"{where} has no split {split!r} in parquet files; it has: {splits}")
-    files = [match[0] for match in found if match["split"] == split]
-    folder, count, _ = parts[0]
-    if parts != [(folder, count, number) for number in range(count)]:
-        raise InputError(f"{where} should have all shards of the split {split!r} in one folder, but has: {some(files)}")
-    return files
-
-
-def refuse_mistaken(path: Path) -> None:
-    """Raise InputError for what is often found in the place of a large file."""
-    with refusing(f"{path} cannot be read"), open(path, "rb") as file:
-        start = file.read(2**16)
-    if start.startswith(b"version https://git-lfs"):
-        raise InputError(f"{path} is a git-LFS pointer, not the file itself: `git lfs pull` gets it")
-    # The first byte would not do: a safetensors file of which the header has 60 bytes begins with "<", too.
-    page = re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|body|\?xml|!--)", start, re.IGNORECASE)
-    if page or not start.strip(b"\0"):
-        what = "a web page, not the file itself" if page else "nothing but zeros" if start else "empty"
-        raise InputError(f"{path} is {what}: download it again")
-
-
-# ------------------------------------------------------------------------------------------------------------- the plan
-
-
-def plan(
-    arch: Architecture,
-    cache: Path,
-    hub: Path | None = None,
+def paper_suite(
+    arch: str,
+    tasks: list[str],
     *,
-    tasks: Iterable[str] = TASKS,
-    weights: bool = True,
-    experts: bool = True,
-    splits: Collection[str] = ("test",),
+    seed: int,
+    device: str,
+    precision: str | None,
+    steps: int | None,
+    cache: Path,
+    workers: int = 1,
+    hub: Path | None = None,
+    experts: Path | None = None,
+    finetune: bool = False,
     limit: int | None = None,
-) -> Counter[str]:
-    """The bytes of weights, experts and images that a run will "download", "decode" into `cache`, and has "present".
+    images: Path | None = None,
+    splits: tuple[str, ...] = (),
+    whole: bool = False,
+) -> Suite:
+    """The suite with the hub's experts (of a mirror `hub`), the authors' in the folder `experts`, or fine-tuned ones.
 
-    Raises InputError when the hub cannot be reached or a file is missing, so that a long run does not start in vain.
+    `images` is where decoded images are kept, `limit` how many of each test split are taken, `splits` which others the
+    experiment needs, `whole` whether the tasks are those of published figures. Raises ValueError or OSError.
     """
-    size, passing, prep = Counter(), 0, preprocessing(arch)
-    if weights and arch.repo:
-        repo = repository(arch.repo, "model", hub)
-        size += repo.bytes_of(repo.first(*PRETRAINED_FILES))
-    for task in map(TASKS.get, tasks):
+    settings, device = "paper" if experts or finetune else "hub", torch.device(device)
+    images = images or cache / "images"
+    with PartialState().main_process_first():  # which downloads and decodes for all
         if experts:
-            repo = repository(expert_repo(arch, task.name), "model", hub)
-            size += repo.bytes_of(repo.first(*WEIGHT_FILES))
-        repo = repository(task.repo, "dataset", hub)
-        for split in splits:
-            files = shards(repo, task.config, split, task.split)
-            size += repo.bytes_of(*files)
-            most = limit if split != "train" else None  # which is decoded whole
-            count = sum(map(repo.rows, files))
-            done = cache_path(task, prep, cache, repo, files, split, most).exists()
-            size["present" if done else "decode"] += min(count, most or count) * math.prod(prep.input_size)
-            passing = max(passing, 0 if done else sum(repo.sizes[file] for file in files))
-    size["decode"] += passing  # a copy of one split at a time, until it is decoded
-    return size
+            tower, towers, heads = load_authors(arch, experts, {task: len(TASKS[task].classes) for task in tasks})
+        else:
+            tower, heads = load_pretrained(arch, tasks, hub, device, images)
+            towers = {} if finetune else Loaded({task: partial(load_expert, arch, tower, hub, task) for task in tasks})
+        refuse_odd(tower, towers)
+        read_set = partial(image_set, hub, images, partial(pixels, size=tower.image_size[0], settings=settings))
+        test = {task: read_set(task, "test", limit) for task in tasks}
+        for task, split in ((task, split) for split in splits for task in tasks):
+            read_set(task, split, 1)  # what is missing is refused now, not after hours
+    adaptation, comparable = ADAPTATION.with_steps(steps), whole and not limit and not finetune
+    odd = [f"{t}, {len(y):,} for {TASKS[t].images:,}" for t, (_, y) in test.items() if len(y) != TASKS[t].images]
+    note = f"Test splits have not as many images as published, so nothing is claimed: {'; '.join(odd)}."
+    curve = next((curve for curve in adaptation_curves(arch) if curve["learning_rate"] == adaptation.lr), None)
+    suite = Suite(
+        name=arch,
+        seed=seed,
+        device=device,
+        precision=precision or ("bfloat16" if device.type == "cuda" else "float32"),
+        training=TRAINING,
+        adaptation=adaptation,
+        pretrained=tower,
+        experts=towers,
+        heads={task: head.to(device) for task, head in heads.items()},
+        test=test,
+        load=lambda task, split, n: read_set(task, split, n or (None if split == "train" else limit), n is not None),
+        normalise=normalise,
+        origin=f"{hub} {experts} {finetune} {limit}",
+        settings=settings,
+        source=settings if comparable else None,
+        published=tuple(eight_tasks(arch, settings)) if comparable else (),
+        curve=curve if comparable else None,
+        claimable=not odd,
+        shortened=adaptation != ADAPTATION,
+        note=note if odd and not limit else "",
+    )
+    return replace(suite, experts=make_experts(suite, cache, workers)) if finetune else suite
 
 
-def cache_path(
-    task: Task, prep: PreprocessCfg, cache: Path, repo: Repository, files: list[str], split: str, limit: int | None
-) -> Path:
-    """The decoded images' file, named after all that they depend on: the source files' sizes and times among it."""
-    kinds = Image.registered_extensions()  # a parquet file may name images that lie beside it
-    beside = [file for file in sorted(repo.sizes) if Path(file).suffix.lower() in kinds]
-    paths = filter(None, map(repo.on_disk, [*files, *beside]))
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    key = fingerprint(task.repo, task.config, task.image_column, split, vars(prep), stats)
-    first = f"-first{limit}" if limit else ""
-    return Path(cache) / f"{task.name}-{split}{first}-{key}.npy"
+@cache
+def files_of(repo: str, kind: str, hub: Path | None, pattern: str) -> list[Path]:
+    """Files of a "model" or "dataset" repository: in the mirror, or downloaded, now or before, by the hub's client."""
+    wanted = pattern.replace("**/", "*")  # for the client a star is slashes, too
+    with reading(f"{repo} of the model hub (--hub DIR reads a mirror)"):
+        folder = hub / repo if hub else Path(snapshot_download(repo, repo_type=kind, allow_patterns=wanted))
+    if found := sorted(folder.glob(pattern)):
+        return found
+    raise ValueError(f"{folder} has no {pattern}: `hf download {repo} --repo-type {kind} --local-dir {folder}` gets it")
 
 
-def check_space(size: Counter[str], cache: Path) -> None:
-    """Raise InputError when what is to be made does not fit the free space of the file systems that it goes to."""
-    needed: Counter[int] = Counter()  # by file system
-    for what, folder in (("download", Path(constants.HF_HUB_CACHE)), ("decode", Path(cache))):
-        place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-        device = place.stat().st_dev
-        needed[device] += size[what]
-        if needed[device] > (free := shutil.disk_usage(place).free):
-            short = f"{place} has {free / 1e9:.1f} GB free, but {needed[device] / 1e9:.1f} GB are needed there"
-            raise InputError(f"{short}: {summary(size)}; free some, or move --cache or the hub's HF_HOME")
+def load_pretrained(
+    arch: str, tasks: list[str], hub: Path | None, device: torch.device, cache: Path
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The vision tower of open_clip's CLIP, and zero-shot heads (D, C) by task, times CLIP's logit scale.
 
-
-def summary(size: Counter[str]) -> str:
-    """The plan in one line."""
-    download, decode, present = (f"{size[key] / 1e9:.1f} GB" for key in ("download", "decode", "present"))
-    return f"{download} to download and {decode} for decoding images ({present} are there already)"
-
-
-# ---------------------------------------------------------------------------------------------------------- the weights
-
-PRETRAINED_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-
-
-def load_pretrained(arch: Architecture, hub: Path | None = None) -> open_clip.CLIP:
-    """The pre-trained CLIP in float32 and evaluation mode; what is not on the hub, open_clip downloads.
-
-    Raises InputError when the file is missing, unreadable, made for another architecture, or not finite.
+    OpenAI's weights need QuickGELU: with open_clip's plain names they would load too, and silently lose accuracy.
     """
-    tag = open_clip.get_pretrained_cfg(arch.model, arch.pretrained)
-    source = arch.pretrained
-    if arch.repo or hub is not None:
-        repo = repository(arch.repo, "model", hub)
-        source = str(repo.fetch(repo.first(*PRETRAINED_FILES)))
-    with refusing(f"cannot load the weights of {arch.model} from {source}"):
-        model = open_clip.create_model(arch.model, source, force_quick_gelu=tag.get("quick_gelu", False))
-    refuse_infinite(model.state_dict(), source)
-    return model.eval()
-
-
-def expert_repo(arch: Architecture, task: str) -> str:
-    if arch.experts is None:
-        raise InputError(f"no experts are published for {arch.name}; --finetune makes them, --experts DIR reads them")
-    return arch.experts.format(TASKS[task].checkpoint_suffix)
-
-
-def load_expert(arch: Architecture, task: str, visual: nn.Module, hub: Path | None = None) -> dict[str, Tensor]:
-    """The vision tower fine-tuned on a task, as a state dict for `visual`, open_clip's pre-trained vision tower.
-
-    The hub keeps it in the format of Hugging Face's CLIPVisionModel; see `from_hugging_face`. Raises InputError.
-    """
-    repo = repository(expert_repo(arch, task), "model", hub)
-    path = repo.fetch(repo.first(*WEIGHT_FILES))
-    return from_hugging_face(read_weights(path), visual, path)
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weight file by name. Code in a pickle is never run. Raises InputError, saying what is there."""
-    safe = path.suffix == ".safetensors"
-    advice = "" if safe else " (code in a pickle is never run, and model.safetensors is the safe format)"
-    with refusing(f"{path} is not a readable weight file{advice}"):
-        state = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{path} should hold tensors by name, the state dict of a CLIPVisionModel, and nothing else")
-    return state
-
-
-def from_hugging_face(state: Mapping[str, Tensor], visual: nn.Module, source: Any) -> dict[str, Tensor]:
-    """Convert a CLIPVisionModel's state dict to that of open_clip's vision tower `visual`, in float32.
-
-    Queries, keys and values are stacked: 3 x (D, D) -> in_proj (3 D, D). A CLIPVisionModel has no projection into the
-    joint space; it was not fine-tuned, so the pre-trained one is taken. Raises InputError naming the entry at fault.
-    """
-    own = visual.state_dict()
-    prefix = "vision_model." if any(name.startswith("vision_model.") for name in state) else ""
-    parts = {name: [prefix + part for part in hugging_face_names(name)] for name in own if name != "proj"}
-    shapes = {part: own[name].chunk(len(names))[0].shape for name, names in parts.items() for part in names}
-    refuse_unusable({n: p for n, p in state.items() if not n.endswith("position_ids")}, shapes, source)
-    tower = {name: torch.cat([state[part].float() for part in names]) for name, names in parts.items()}
-    return {name: tower[name] if name in tower else own[name].clone() for name in own}
-
-
-def hugging_face_names(name: str) -> list[str]:
-    """Hugging Face's name for an entry of open_clip's vision tower; three names for stacked query, key and value."""
-    name = re.sub(r"^transformer\.resblocks", "encoder.layers", name)
-    for ours, theirs in (
-        ("class_embedding", "embeddings.class_embedding"),
-        ("positional_embedding", "embeddings.position_embedding.weight"),
-        ("conv1", "embeddings.patch_embedding"),
-        ("ln_pre", "pre_layrnorm"),
-        ("ln_post", "post_layernorm"),
-        ("ln_1", "layer_norm1"),
-        ("ln_2", "layer_norm2"),
-        (".attn", ".self_attn"),
-        ("c_fc", "fc1"),
-        ("c_proj", "fc2"),
-    ):
-        name = name.replace(ours, theirs)
-    return [name.replace("in_proj_", f"{part}_proj.") for part in "qkv"] if "in_proj_" in name else [name]
-
-
-def refuse_unusable(state: Mapping[str, Tensor], shapes: Mapping[str, Iterable[int]], source: Any) -> None:
-    """Raise InputError for an entry that is missing, surplus, misshapen, an integer or not finite."""
-    if missing := shapes.keys() - state.keys():
-        raise InputError(f"{source} lacks {some(missing)}")
-    if surplus := state.keys() - shapes.keys():
-        raise InputError(f"{source} has entries that the architecture does not know: {some(surplus)}")
-    for name, value in state.items():
-        if (shape := tuple(value.shape)) != (needed := tuple(shapes[name])):
-            raise InputError(f"{source}: {name} has the shape {shape}, the architecture needs {needed}")
-        if not value.is_floating_point():
-            raise InputError(f"{source}: {name} has the dtype {value.dtype}; floating-point weights are needed")
-    refuse_infinite(state, source)
-
-
-def refuse_infinite(state: Mapping[str, Tensor], source: Any) -> None:
-    for name, value in state.items():
-        if not value.isfinite().all():
-            raise InputError(f"{source}: {name} has values that are not finite")
-
-
-# ------------------------------------------------------------------------------------------------------------ the heads
-
-
-def zero_shot_heads(
-    model: open_clip.CLIP, arch: Architecture, cache: Path, tasks: Iterable[str] = TASKS
-) -> dict[str, Tensor]:
-    """The tasks' classifiers (D, C), times CLIP's logit scale: logits = normalised image features @ head.
-
-    They are kept in `cache` under the text tower's weights, the class names and the templates.
-    """
-    text = fingerprint(*(p.cpu().numpy() for name, p in model.state_dict().items() if not name.startswith("visual.")))
-    heads, device, tokenizer = {}, model.logit_scale.device, open_clip.get_tokenizer(arch.model)
-    for task in tqdm(list(tasks), desc="zero-shot heads"):
+    name, heads = f"{arch}-quickgelu", {}
+    (path,) = files_of(ARCHITECTURES[arch][0], "model", hub, "open_clip_model.safetensors")
+    with reading(path, path):
+        model = open_clip.create_model(name, str(path)).to(device).eval()
+    tokenizer, sums = open_clip.get_tokenizer(name), [p.sum(dtype=torch.double).item() for p in model.parameters()]
+    for task in progress(tasks, "Zero-shot heads"):
         prompts = TASKS[task].classes, TASKS[task].templates
-        path = Path(cache) / f"head-{task}-{fingerprint(arch.model, text, *prompts)}.safetensors"
-        if not path.exists():
+        kept = cache / f"head-{task}-{fingerprint(prompts, sums)}.safetensors"
+        if not kept.exists():
             head = open_clip.build_zero_shot_classifier(model, tokenizer, *prompts, device=device)
-            head = (head * model.logit_scale.exp().detach()).cpu().contiguous()
-            write(path, partial(save_file, {"head": head}))
-        heads[task] = read_kept(path, load_file)["head"].to(device)
-    return heads
+            write(kept, partial(save_file, {"head": (head * model.logit_scale.exp().detach()).cpu().contiguous()}))
+        heads[task] = load_file(kept)["head"]
+    return model.visual.cpu().requires_grad_(False), heads
+
+
+def load_expert(arch: str, tower: nn.Module, hub: Path | None, task: str) -> nn.Module:
+    """The tower fine-tuned on a task, of the same make as the pre-trained `tower`, from a CLIPVisionModel's weights.
+
+    That lacks the projection into the joint space; it was not fine-tuned, so the pre-trained one is taken.
+    """
+    repo = ARCHITECTURES[arch][1].format(TASKS[task].checkpoint_suffix)
+    (path,) = files_of(repo, "model", hub, "model.safetensors")
+    with reading(path, path):
+        return filled(tower, {**from_hugging_face(load_file(path)), "proj": tower.proj})
+
+
+# Parts of names in Hugging Face's CLIP, and what they are in open_clip's.
+THEIRS = "position_embedding.weight patch_embedding encoder.layers pre_layrnorm post_layernorm layer_norm fc1 fc2"
+OURS = "positional_embedding conv1 transformer.resblocks ln_pre ln_post ln_ c_fc c_proj"
+NAMES = dict(zip(THEIRS.split(), OURS.split())) | {"self_attn": "attn", "q_proj.": "in_proj_"}
+
+
+def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A CLIPVisionModel's weights under open_clip's names; queries, keys and values 3 x (D, D) -> in_proj (3 D, D)."""
+    converted = {}
+    for name in (name for name in state if not re.search("k_proj|v_proj|position_ids", name)):
+        parts = [name.replace("q_proj", f"{part}_proj") for part in "qkv"] if "q_proj" in name else [name]
+        ours = name.replace("vision_model.", "").replace("embeddings.", "")
+        for part, its_name in NAMES.items():
+            ours = ours.replace(part, its_name)
+        converted[ours] = torch.cat([state[part] for part in parts])
+    return converted
+
+
+def refuse_odd(pretrained: nn.Module, experts: Loaded | dict[str, nn.Module]) -> None:
+    """Load each expert once. Raises ValueError if one is not finite, or the pre-trained model or another one again."""
+    seen: dict[tuple, str] = {}
+    for name in progress(["pre-trained", *experts], "Experts"):
+        tower = experts.get(name, pretrained)
+        sums = tuple(value.double().sum().item() for value in tower.state_dict().values())
+        if sums in seen or not np.isfinite(sums).all():
+            what = f"that of {seen[sums]} again: a file is in the wrong place" if sums in seen else "not finite"
+            raise ValueError(f"the model of {name} is {what}")
+        seen[sums] = name
+
+
+def image_set(
+    hub: Path | None, cache: Path, prepare: partial, task: str, split: str, count: int | None, spaced: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Images up to normalisation, uint8 (N, 3, H, W), decoded once and then memory-mapped; class numbers, int64 (N,).
+
+    `prepare` is `pixels` with its arguments; `count` takes the first images only or, `spaced`, as many from the whole
+    split, which may be sorted by class. Raises ValueError.
+    """
+    spec = TASKS[task]
+    name = spec.split if split == "test" else split
+    files = files_of(spec.repo, "dataset", hub, "/".join(filter(None, ("**", spec.config, f"{name}-*.parquet"))))
+    names = [str(file) for file in files]
+    with reading(f"{task}, split {split} in {files[0].parent},", *files):
+        rows = column(data_files=names, columns=[spec.label_column])
+        labels = class_numbers(rows, spec.label_column, spec.classes)
+        count = min(count or len(labels), len(labels))
+        chosen = np.linspace(0, (len(labels) if spaced else count) - 1, count).round().astype(int)
+        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        out = cache / f"{task}-{split}-{fingerprint(spec, split, prepare.keywords, stats, count, spaced)}.npy"
+        if not out.exists():
+            rows = column(data_files=names, columns=[spec.image_column])
+            write(out, partial(decode, rows, spec.image_column, chosen.tolist(), prepare, task))
+        return torch.from_numpy(np.load(out, mmap_mode="c")), torch.from_numpy(labels[chosen])
+
+
+def class_numbers(rows: datasets.IterableDataset, name: str, classes: list[str]) -> np.ndarray:
+    """The labels as numbers of the task's classes, int64 (N,): by name if the names are the same, or by number.
+
+    Raises ValueError for other numbers of classes, or a class known by its name in another place than the task's.
+    """
+    names, labels = getattr(rows.features[name], "names", classes), [row[name] for row in rows]
+    if len(names) != len(classes) or not 0 <= min(labels) <= max(labels) < len(classes):
+        raise ValueError(f"it has {len(names)} classes and labels to {max(labels)}, the task {len(classes)} classes")
+    theirs, ours = ([re.sub(r"[\W_]+", "", name).casefold() for name in those] for those in (names, classes))
+    order = [ours.index(name) for name in theirs] if sorted(theirs) == sorted(ours) else list(range(len(ours)))
+    if moved := [names[k] for k, name in enumerate(theirs) if name in ours and ours[order[k]] != name]:
+        raise ValueError(f"class {moved[0]!r} has another number in the task, and not all names are the task's")
+    return np.array(order)[labels]
+
+
+def decode(
+    rows: datasets.IterableDataset, name: str, chosen: list[int], prepare: partial, task: str, out: Path
+) -> None:
+    """Write the images of these numbers to a file, as numpy.save would: uint8 (N, 3, H, W)."""
+    wanted, size = set(chosen), prepare.keywords["size"]
+    shape = {"descr": "|u1", "fortran_order": False, "shape": (len(chosen), 3, size, size)}
+    rows = rows.cast_column(name, datasets.Image(decode=False)).filter(lambda _, i: i in wanted, with_indices=True)
+    with out.open("wb") as file:  # (mapped memory would kill the process on a full disk)
+        np.lib.format.write_array_header_1_0(file, shape)
+        for number, row in zip(progress(chosen, task, unit="image"), rows.take(len(chosen))):
+            with reading(f"image {number}"):
+                file.write(prepare(datasets.Image().decode_example(row[name])).tobytes())  # turned as its EXIF tag says
+
+
+def pixels(image: Image.Image, size: int, settings: str) -> np.ndarray:
+    """RGB first, then resized (bicubic) and cropped in its middle: uint8 (3, size, size).
+
+    So were the images of the hub's figures (FusionBench's ImageClassificationDataset, Hugging Face's processor by PIL),
+    and of the paper's (torchvision's ImageFolder, open_clip's transform), for which odd margins have another middle.
+    """
+    image = image.convert("RGB")
+    image = image.resize([size * side // min(image.size) for side in image.size], Image.Resampling.BICUBIC)
+    left, top = ((side - size) // 2 if settings == "hub" else round((side - size) / 2) for side in image.size)
+    return np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 pixels (..., 3, H, W) to the float32 input of CLIP, with OpenAI's mean and deviation."""
+    return normalize(images / 255, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)

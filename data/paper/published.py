@@ -1,8 +1,19 @@
-"""What was published: the paper's own tables, and what FusionBench measured on the model hub's checkpoints."""
+"""What was published: the paper's tables, what FusionBench measured on the hub's checkpoints, numbers of parameters.
+
+Rows that stand beside ours are {"method": our name of it, "source": "paper", "hub" or another, "accuracy": task -> %,
+"needs", "margin": points within which ours is claimed or None, "why"}. `python -m data.paper.published` prints with
+which checkpoints and settings they were made, and ours (margins.json).
+"""
 
 import json
 from functools import cache
 from pathlib import Path
+
+import open_clip
+import torch
+from torch import nn
+
+import wemoe
 
 
 @cache
@@ -15,99 +26,117 @@ def paper_tables() -> dict[str, dict]:
     return read("paper.json")["tables"]
 
 
+PUBLISHED_TASKS = read("paper.json")["tasks"]
+ROBUSTNESS_TASKS = paper_tables()["5"]["tasks"]
+
+
 def adaptation_curves(arch: str) -> list[dict]:
     """The authors' accuracies after each 100 steps of adaptation, one curve for each learning rate (Figure 4)."""
     return read("hub_results.json")["adaptation_curves"]["models"].get(arch, [])
 
 
-# ---- Rows to stand beside ours: {method: our name of it, source, accuracy: task -> %} --------------------------------
-# Source "paper": its own tables, on the task-arithmetic authors' checkpoints; "hub": FusionBench's, on the hub's. What
-# adapts did so with the settings of the same name (data.suite.Adaptation).
-
-# Not quite with these, and so shown, but not claimed: the hub's Concrete AdaMerging learns its mask after one step of
-# descent, which ours leaves out; its E-WEMoE prunes biases, too; for ViT-L/14 its routed methods averaged over 4
-# images, on each of four GPUs or on one (docs/modelpool/clip_vit.md and examples/sparse_we_moe in its repository).
-UNLIKE = {("hub", "ViT-B-32", "Concrete AdaMerging"), ("hub", "ViT-L-14", "WEMoE")}
-UNLIKE |= {("hub", arch, "E-WEMoE") for arch in ("ViT-B-32", "ViT-B-16", "ViT-L-14")}
-
-OUR_NAMES = {
-    "WEMoE (2-layer)": "WEMoE",
-    "WEMoE (1-layer router)": "WEMoE (1-layer)",
-    "Weight-Ensembling MoE": "WEMoE",
-    "E-WEMoE (90%)": "E-WEMoE",
-    "Ties-Merging": "TIES-Merging",
-    "ISO-C": "Iso-C",
-    "ISO-CTS": "Iso-CTS",
-    "WUDI-Merging": "WUDI",
-    "AdaMerging": "AdaMerging (layer-wise)",
-    "Layer-wise AdaMerging": "AdaMerging (layer-wise)",
-    "Concrete AdaMerging (layer-wise)": "Concrete AdaMerging",
-    "MLP only": "WEMoE (1-layer)",
-    "Attention + MLP (separately)": "WEMoE (1-layer, attention and MLP)",
-    "Entire Transformer Block": "WEMoE (1-layer, blocks)",
-}
-
-
-PUBLISHED_TASKS = read("paper.json")["tasks"]
-ROBUSTNESS_TASKS = paper_tables()["5"]["tasks"]
-
-
 def eight_tasks(arch: str, source: str | None) -> list[dict]:
-    """Tables 2 and 3, or the hub's."""
-    tables = paper_tables()
-    needs = {our_name(row): [kind for kind, needed in row.items() if needed is True] for row in tables["7"]["rows"]}
-    rows = {("paper", table["model"]): table["rows"] for table in (tables["2"], tables["3"])}
-    rows |= {("hub", model): theirs for model, theirs in read("hub_results.json")["main"].items()}
-    return [
-        {**row, "needs": needs.get(row["method"], []), "claimed": (source, arch, row["method"]) not in UNLIKE}
-        for row in _rows(rows.get((source, arch), []), source)
-    ]
+    """Tables 2 and 3; or the hub's rows and, beside them, the paper's WEMoE."""
+    if source == "hub":
+        paper = beside(table(arch, "2", "3").get("rows", []), "paper", "other checkpoints")
+        hub = beside(read("hub_results.json")["main"].get(arch, []), "hub", arch)
+        return hub + [row for row in paper if row["method"] == "WEMoE"]
+    return beside(table(arch, "2", "3").get("rows", []), source, arch)
 
 
 def router_depths(arch: str, source: str | None) -> list[dict]:
-    """Table 10, or the hub's rows of its methods."""
-    if (arch, source) == ("ViT-B-32", "paper"):
-        return _rows(paper_tables()["10"]["rows"], source)
-    return eight_tasks(arch, source)
+    """Table 10, or the rows of its methods on the eight tasks."""
+    rows = table(arch, "10").get("rows", []) if source == "paper" else []
+    return beside(rows, source, "depths") or eight_tasks(arch, source)
 
 
 def routed_modules(arch: str, source: str | None) -> list[dict]:
     """Table 6; the hub has nothing like it."""
-    return _rows(paper_tables()["6"]["rows"], source) if (arch, source) == ("ViT-B-32", "paper") else []
+    return beside(table(arch, "6").get("rows", []) if source == "paper" else [], source, "modules")
 
 
 def generalization(arch: str, source: str | None) -> list[tuple[list[str], list[str], list[dict]]]:
     """Seen tasks, unseen tasks and rows: of Table 4, and of another choice of tasks that the hub has, too."""
-    table, found = paper_tables()["4"], []
-    for split in read("hub_results.json")["generalization"]:
-        seen, unseen = split["seen"], split["unseen"]
-        rows = {"hub": split["rows"], "paper": table["rows"] if table["unseen"] == unseen else []}
-        found.append((seen, unseen, _rows(rows.get(source, []) if arch == "ViT-B-32" else [], source, seen + unseen)))
+    found = []
+    for hub in read("hub_results.json")["generalization"]:
+        paper = table(arch, "4") if paper_tables()["4"]["unseen"] == hub["unseen"] else {}
+        rows = {"paper": paper, "hub": hub if hub["model"] == arch else {}}.get(source, {}).get("rows", [])
+        tasks = hub["seen"] + hub["unseen"]
+        found.append((hub["seen"], hub["unseen"], beside(rows, source, "generalization", tasks)))
     return found
 
 
 def robustness(arch: str, source: str | None, condition: str) -> list[dict]:
     """Table 5 (ViT-B-32) or 11 (ViT-B-16) under "clean" or a corruption, or the hub's rows (ViT-B-32)."""
-    tables = {("paper", "ViT-B-32"): paper_tables()["5"], ("paper", "ViT-B-16"): paper_tables()["11"]}
-    tables["hub", "ViT-B-32"] = read("hub_results.json")["robustness"]
-    table = tables.get((source, arch), {"conditions": {}})
-    return _rows(table["conditions"].get(condition, []), source, ROBUSTNESS_TASKS)
+    hub = read("hub_results.json")["robustness"]
+    known = {"paper": table(arch, "5", "11"), "hub": hub if hub["model"] == arch else {}}.get(source, {})
+    rows = known.get("conditions", {}).get(condition, [])
+    return beside(rows, source, "clean" if condition == "clean" else "corrupted", ROBUSTNESS_TASKS)
 
 
 def sweep(arch: str, condition: str) -> dict[str, dict[float, dict[str, float]]]:
     """Method -> λ -> task -> %: the points of Figures 5 (ViT-B-32) and 10 (ViT-B-16)."""
     return {
-        our_name({"method": method}): {
-            float(lam): dict(zip(ROBUSTNESS_TASKS, cells)) for lam, cells in conditions[condition].items()
-        }
-        for method, conditions in read("paper_sweeps.json")["models"].get(arch, {}).items()
+        our_name(method, "paper"): {float(lam): dict(zip(ROBUSTNESS_TASKS, p)) for lam, p in rows[condition].items()}
+        for method, rows in read("paper_sweeps.json")["models"].get(arch, {}).items()
     }
 
 
-def our_name(row: dict) -> str:
-    return OUR_NAMES.get(row["method"], row["method"])
+def table(arch: str, *numbers: str) -> dict:
+    """The one of the paper's tables of these numbers that is about the architecture; if there is none, {}."""
+    return next((known for known in map(paper_tables().get, numbers) if known["model"] == arch), {})
 
 
-def _rows(rows: list[dict], source: str | None, tasks: list[str] = PUBLISHED_TASKS) -> list[dict]:
-    cells = {our_name(row): row.get("accuracy") or row["seen"] + row["unseen"] for row in rows}
-    return [{"method": name, "source": source, "accuracy": dict(zip(tasks, cell))} for name, cell in cells.items()]
+def our_name(method: str, source: str) -> str:
+    return read("margins.json")["names"].get(source, {}).get(method, method)
+
+
+def beside(rows: list[dict], source: str | None, place: str, tasks: list[str] = PUBLISHED_TASKS) -> list[dict]:
+    """Published rows as they stand beside ours: with the first entry of margins.json about source, method and place."""
+    needed = {our_name(r["method"], "paper"): [n for n in r if r[n] is True] for r in paper_tables()["7"]["rows"]}
+    found = []
+    for row in rows if source else ():
+        whose = row.get("source", source)
+        name, cells = our_name(row["method"], whose), row.get("accuracy") or row["seen"] + row["unseen"]
+        about = [e for e in read("margins.json")["rows"] if e["source"] == whose and name in e["methods"]]
+        how = next(e for e in about if place in e.get("places", [place]))
+        accuracy = {task: cell for task, cell in zip(tasks, cells) if cell is not None}
+        more = {"needs": needed.get(name, []), "margin": how["margin"], "why": how["why"]}
+        found.append({"method": name, "source": whose, "accuracy": accuracy, **more})
+    return found
+
+
+def parameters(arch: str, depth: int | None, num_tasks: int) -> dict[str, int]:
+    """What an architecture with such routers has, without weights, on torch's meta device; depth None: no routers.
+
+    As in the paper, what the authors' image encoder has of CLIP counts: all but the Transformer of the text tower.
+    """
+    with torch.device("meta"):
+        clip = open_clip.CLIP(**open_clip.get_model_config(f"{arch}-quickgelu"))
+        clip.transformer = nn.Identity()
+        mlps = [module for name, module in clip.visual.named_modules() if name.endswith(".mlp") and depth is not None]
+        routers = [wemoe.Router(mlp[0].in_features, num_tasks, depth) for mlp in mlps]
+    trainable, routed, single = (sum(p.numel() for m in ms for p in m.parameters()) for ms in (routers, mlps, [clip]))
+    layer_wise = num_tasks * len(list(clip.parameters()))  # the λ of AdaMerging
+    return {"trainable": trainable, "all": single + num_tasks * routed + trainable, "layer-wise": layer_wise}
+
+
+def compared() -> list[tuple[str, int, str]]:
+    """Row by row of Tables 1, 8 and 9: what it is, ours, and the paper's as it prints it."""
+    rows = read("margins.json")["parameters"]
+    return [(what, parameters(arch, depth, tasks)[kind], printed) for what, arch, depth, tasks, kind, printed in rows]
+
+
+def rounds_to(value: int, printed: str) -> bool:
+    """Whether 7,159,392 is what "7.16M" stands for."""
+    digits, unit = printed.rstrip("KMB"), {"K": 1e3, "M": 1e6, "B": 1e9}.get(printed[-1], 1)
+    return f"{value / unit:.{len(digits.partition('.')[2])}f}" == digits
+
+
+if __name__ == "__main__":  # README's table
+    print("| published | made with | ours | claimed within |\n| --- | --- | --- | --- |")
+    for row in read("margins.json")["rows"]:
+        names = ", ".join(dict.fromkeys(name.split(" (")[0] for name in row["methods"]))
+        where = " ".join([row["source"], *row.get("places", [])])
+        claimed = ": ".join(filter(None, [f"{row['margin'] or 'no'}", row["why"]]))
+        print(f"| {where}: {names} | {row['made']} | {row['ours']} | {claimed} |")

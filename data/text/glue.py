@@ -1,259 +1,196 @@
 """GLUE as a suite, twice: RoBERTa with a head of its own for each task, and Flan-T5, which answers in words.
 
-Models and data sets come from the hub or from a mirror of it, as images do (data/paper/hub.py); `transformers` is
-imported only when one of these suites is made. What cannot be used is refused with an InputError.
+Models and data sets come from the hub, or from a mirror in which every repository is a folder of its own name.
 """
 
-import argparse
 import json
-import math
-from collections import Counter
-from collections.abc import Callable
+import re
+from collections import OrderedDict
 from functools import partial
-from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
-import pyarrow.parquet as pq
 import torch
-from tokenizers import Tokenizer
+import torch.nn.functional as F
+import transformers
+from datasets import load_dataset
+from pandas import DataFrame
 from torch import Tensor, nn
 
-from data.files import InputError
-from data.paper import hub
-from data.paper.hub import Repository, repository
-from data.paper.suite import ADAPTATION, TRAINING, refuse_twins
-from data.processes import progress, say
-from data.suite import Batch, Suite, accuracy_of, padded, run
-
-
-class Task(NamedTuple):
-    """A task of GLUE: its columns in order, its split and how many examples that has; prompt and answers for Flan-T5.
-
-    The answers are in the order of the labels. Without any it is a regression.
-    """
-
-    columns: list[str]
-    split: str
-    examples: int
-    metric: str
-    prompt: str
-    answers: list[str] | None
-
+from data.paper.authors import reading
+from data.paper.hub import ADAPTATION, TRAINING, files_of
+from data.run import Batch, Suite, accuracy_of, padded, progress, run
+from data.text.routing import route_texts
 
 FACTS = json.loads(Path(__file__).with_name("glue.json").read_text(encoding="utf-8"))
-GLUE = {name: Task(**task) for name, task in FACTS["tasks"].items()}
-REGRESSIONS = tuple(name for name, task in GLUE.items() if task.answers is None)
-# Methods to which heads of their own, a regression or answers in words leave no meaning.
-SENSELESS = ("Fisher Merging", "Simple Ensemble", "Traditional MTL")
+GLUE: dict[str, dict] = FACTS["tasks"]
+REGRESSIONS = tuple(task for task in GLUE if not GLUE[task]["classes"])
+SENSELESS = ("Fisher Merging", "Simple Ensemble", "Traditional MTL")  # where heads, or answers, are a task's own
 
 
-def roberta_glue_suite(arguments: argparse.Namespace) -> Suite:
-    from data.text import models
+def glue_suite(name: str, tasks: list[str], *, seed, device, precision, steps, cache, workers, hub, limit) -> Suite:
+    """The suite "roberta-glue" or "flan-t5-glue". Raises ValueError for what cannot be used."""
+    facts, adaptation, in_words = FACTS["suites"][name], ADAPTATION.with_steps(steps), name == "flan-t5-glue"
+    transformers.logging.set_verbosity_error()  # of weights that are not used, or tied in another way than it says
+    places, most = repositories(facts, tasks, hub), min(filter(None, (facts["rows"], limit)), default=None)
+    with reading(f"the tokenizer of {facts['base']}"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(places[""][0])
 
-    base, fine = (repository(name, "model", arguments.hub) for name in ("roberta-base", FACTS["roberta experts"]))
-    files = {task: (fine, fine.first(*hub.WEIGHT_FILES, folder=f"{task}/")) for task in arguments.tasks}
+    def load(task: str, split: str, count: int | None) -> tuple[Tensor, Tensor]:
+        rows = examples(task, split, hub, cache, most if split == "test" else count)
+        texts, labels = [[row[column] for row in rows] for column in GLUE[task]["columns"]], [r["label"] for r in rows]
+        if in_words:
+            texts = [[GLUE[task]["prompt"].format(**row) for row in rows]]
+            labels = [round(label, 1) for label in labels]  # as they were to be answered
+        how = {"truncation": True, "max_length": facts["longest"], "padding": True, "return_tensors": "pt"}
+        return tokenizer(*texts, **how).input_ids, torch.tensor(labels)
 
-    def head(task: str, _: Tokenizer, *source) -> nn.Module:
-        return models.roberta_head(*source, outputs=len(GLUE[task].answers or ["a number"]))
-
-    def example(task: str, row: dict) -> tuple:
-        texts = tuple(row[name] for name in GLUE[task].columns)
-        return texts if len(texts) > 1 else texts[0], row["label"]
-
-    suite, _ = glue_suite(arguments, base, files, models.roberta, head, example, longest=128)
-    suite.metrics = {task: METRICS[GLUE[task].metric] for task in suite.tasks}
-    suite.note = note(suite.tasks, "; ".join(f"{task}: {GLUE[task].metric}" for task in suite.tasks))
-    suite.features = lambda tower, batch: models.mean_state(tower.encoder, batch)
-    return suite
-
-
-def flan_t5_glue_suite(arguments: argparse.Namespace) -> Suite:
-    from data.text import models
-
-    base = repository("google/flan-t5-base", "model", arguments.hub)
-    repos = {t: repository(f"tanganke/flan-t5-base_glue-{t}", "model", arguments.hub) for t in arguments.tasks}
-    files = {task: (repo, repo.first(*hub.WEIGHT_FILES)) for task, repo in repos.items()}
-
-    def head(task: str, tokenizer: Tokenizer, *_) -> nn.Module:
-        answers = GLUE[task].answers or ["1", "5"]  # of a regression, a head that nobody asks
-        first = [tokenizer.encode(text).ids[0] for text in answers]
-        if task not in REGRESSIONS and len(set(first)) < len(first):
-            raise InputError(f"{task}: {', '.join(answers)} begin with the same token: there is no entropy to minimise")
-        return models.FirstAnswers(first)
-
-    def example(task: str, row: dict) -> tuple:
-        label = float(f"{row['label']:.1f}") if task in REGRESSIONS else row["label"]  # as it was to be answered
-        return GLUE[task].prompt.format(**row), label
-
-    def answer(task: str, tower: nn.Module, batch: Batch) -> Tensor:
-        texts = tokenizer.decode_batch(run(tower, {**batch, "whole": True}).tolist())  # without special tokens
-        return torch.tensor([understood(task, text) for text in texts])
-
-    suite, tokenizer = glue_suite(arguments, base, files, models.t5, head, example, longest=512)
-    suite.metrics, suite.answer = {task: spearman for task in suite.tasks if task in REGRESSIONS}, answer
-    suite.note = note(suite.tasks, "the share of exactly matching answers, in per cent; stsb: Spearman")
-    suite.features = lambda tower, batch: models.mean_state(tower.t5.encoder, batch)
-    return suite
+    test = {task: load(task, "test", None) for task in tasks}
+    make = flan_t5 if in_words else roberta
+    made = {task: make(task, place, tokenizer) for task, place in progress(places.items(), "Models")}
+    usual = {task: min(facts["rows"] or spec["examples"], spec["examples"]) for task, spec in GLUE.items()}
+    whole = {task: len(labels) for task, (_, labels) in test.items()} == usual
+    metrics = {task: facts["metrics"].get(task, "accuracy") for task in tasks}
+    why = "stsb is a regression, about which entropy says nothing: it is merged, but not adapted to. "
+    return Suite(
+        **{"name": name, "seed": seed, "device": torch.device(device), "precision": precision or "float32"},
+        training=TRAINING,
+        adaptation=adaptation,
+        pretrained=made[""][0],
+        experts={task: made[task][0] for task in tasks},
+        heads={task: made[task][1].to(device) for task in tasks},
+        test=test,
+        load=load,
+        normalise=partial(padded, padding=tokenizer.pad_token_id),
+        origin=f"{hub} {limit}",
+        source=facts["source"] if whole else None,
+        published=tuple({"source": facts["source"], "margin": None, **row} for row in facts["published"] if whole),
+        claimable=whole,
+        shortened=adaptation != ADAPTATION,
+        unadapted=REGRESSIONS,
+        prepare=route_texts,
+        metrics={task: partial(measured, metric.split(" and ")) for task, metric in metrics.items()},
+        answer=partial(answer, tokenizer) if in_words else None,
+        statistics=(lambda tower, batch: run(tower, {**batch, "whole": True})) if in_words else None,
+        note=why * ("stsb" in tasks)
+        + f"Figures are {', '.join(f'{metric} ({task})' for task, metric in metrics.items())}.",
+    )
 
 
-def note(tasks: list[str], figures: str) -> str:
-    """What a reader of the table has to know."""
-    why = "is a regression, about which entropy says nothing: it is merged, but not adapted to. "
-    return "".join(f"{task} {why}" for task in REGRESSIONS if task in tasks) + f"Figures are {figures}."
+roberta_glue_suite, flan_t5_glue_suite = (partial(glue_suite, name) for name in FACTS["suites"])
+
+# ---- RoBERTa: token ids (B, N) and their mask (B, N) -> the first token's last state (B, D) -> logits (B, C) ---------
+
+
+def roberta(task: str, place: tuple[str, str], _) -> tuple[nn.Module, nn.Module | None]:
+    """The expert's tower and head; of the task "" the pre-trained tower alone."""
+    if not task:
+        return first_token(read(transformers.AutoModel, *place, add_pooling_layer=False)), None
+    classes = max(1, len(GLUE[task]["classes"]))
+    model = read(transformers.RobertaForSequenceClassification, *place, num_labels=classes)
+    order, last = class_order(task, model.config.id2label), model.classifier.out_proj
+    last.weight.data, last.bias.data = last.weight[order], last.bias[order]
+    return first_token(model.roberta), nn.Sequential(nn.Unflatten(1, (1, -1)), model.classifier)  # it takes (B, N, D)
+
+
+def first_token(encoder: nn.Module) -> nn.Module:
+    """Let a RobertaModel give its last state of the first token, and have its MLPs routed: each a module `mlp`."""
+    for layer in encoder.encoder.layer:  # where an MLP's two linear layers lie apart
+        mlp = nn.Sequential(layer.intermediate, layer.output.dense)
+        layer.intermediate, layer.output.dense = nn.Sequential(OrderedDict(mlp=mlp)), nn.Identity()
+    encoder.register_forward_hook(lambda _, inputs, output: output.last_hidden_state[:, 0])
+    return encoder
+
+
+def class_order(task: str, names: dict[int, str]) -> list[int]:
+    """A model's number for each class of GLUE, by the names that it has for them, or else by number."""
+    known = GLUE[task]["classes"] or ["0"]
+    given = [re.sub("[^a-z0-9]+", "_", names[number].lower()).removeprefix("label_") for number in sorted(names)]
+    by_number = sorted(given) == [str(i) for i in range(len(known))]
+    if not by_number and sorted(given) != sorted(known):
+        raise ValueError(f"{task}: an expert's config.json calls its classes {dict(names)}; known are {known}")
+    return [given.index(str(i) if by_number else name) for i, name in enumerate(known)]
+
+
+# ---- Flan-T5: token ids and their mask -> logits of the answer's first token (B, V) -> of its classes (B, C) ---------
+
+
+class Answering(nn.Module):
+    """A T5's logits of the answer's first token; `whole`: the answer itself, (B, 10)."""
+
+    def __init__(self, t5: nn.Module):
+        super().__init__()
+        self.t5 = t5
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, whole: bool = False) -> Tensor:
+        if whole:
+            ids = self.t5.generate(input_ids, attention_mask=attention_mask, max_length=10, do_sample=False)
+            return F.pad(ids, (0, 10 - ids.shape[1]), value=self.t5.config.pad_token_id)
+        start = input_ids.new_full((len(input_ids), 1), self.t5.config.decoder_start_token_id)
+        return self.t5(input_ids, attention_mask, decoder_input_ids=start, use_cache=False).logits[:, 0]
+
+
+def flan_t5(task: str, place: tuple[str, str], tokenizer) -> tuple[nn.Module, nn.Module]:
+    """The expert's tower, and a head that picks from its logits those of the tokens with which answers begin."""
+    tower = Answering(read(transformers.T5ForConditionalGeneration, *place))
+    first = [tokenizer(text).input_ids[0] for text in GLUE[task]["answers"]] if task else []
+    head = nn.Linear(tower.t5.config.vocab_size, len(first), bias=False).requires_grad_(False)
+    head.weight.copy_(F.one_hot(torch.tensor(first, dtype=torch.long), head.in_features))
+    return tower, head
+
+
+def answer(tokenizer, task: str, tower: nn.Module, batch: Batch) -> Tensor:
+    texts = tokenizer.batch_decode(run(tower, {**batch, "whole": True}), skip_special_tokens=True)
+    return torch.tensor([understood(task, text) for text in texts])
 
 
 def understood(task: str, text: str) -> float:
     """The class of an answer, -1 for none of them; of a regression the number, 0 if it is none."""
-    if task not in REGRESSIONS:
-        return float(GLUE[task].answers.index(text)) if text in GLUE[task].answers else -1.0
-    try:
-        return float(text) if math.isfinite(float(text)) else 0.0
-    except ValueError:
-        return 0.0
+    if task in REGRESSIONS:
+        return float(text) if re.fullmatch(r"\s*-?(\d+\.?\d*|\.\d+)\s*", text) else 0.0
+    return float(GLUE[task]["answers"].index(text)) if text in GLUE[task]["answers"] else -1.0
 
 
-def glue_suite(
-    arguments: argparse.Namespace,
-    base: Repository,
-    files: dict[str, tuple[Repository, str]],
-    tower: Callable,
-    head: Callable,
-    example: Callable,
-    longest: int,
-) -> tuple[Suite, Tokenizer]:
-    """The suite of the base model and of the experts in these files, by task, and their tokenizer.
-
-    `tower` takes config, weights and their file, `head` a task and the tokenizer, too; `example` makes of a task and
-    its row of the data set what is tokenised, up to the `longest`, and a label.
-    """
-    from data.text import models
-
-    device = torch.device(arguments.device)
-    files = {"": (base, base.first(*hub.WEIGHT_FILES)), **files}
-    announce(arguments, [(base, "config.json"), (base, "tokenizer.json"), *files.values()])
-    path = base.fetch("config.json")
-    with hub.refusing(f"{path} is not a JSON file with a model's configuration"):
-        config = dict(json.loads(path.read_text(encoding="utf-8")))
-    tokenizer = models.read_tokenizer(base.fetch("tokenizer.json"))
-    towers, heads = {}, {}
-    with progress(files.items(), "Models") as items:
-        for task, (repo, file) in items:
-            path = repo.fetch(file)
-            source = config, hub.read_weights(path), path
-            towers[task] = tower(*source).requires_grad_(False)
-            if task:
-                heads[task] = head(task, tokenizer, *source).to(device)
-
-    def load(task: str, split: str, count: int | None) -> tuple[Tensor, Tensor]:
-        rows = read_examples(arguments, task, split, count)
-        texts, labels = zip(*(example(task, row) for row in rows))
-        return models.tokenise(tokenizer, texts, longest), torch.tensor(labels)
-
-    test = {task: load(task, "test", arguments.limit) for task in arguments.tasks}
-    pretrained = towers.pop("")
-    refuse_twins(pretrained.state_dict(), {task: expert.state_dict() for task, expert in towers.items()})
-    whole = all(len(labels) == GLUE[task].examples for task, (_, labels) in test.items())
-    suite = Suite(
-        name=arguments.suite,
-        seed=arguments.seed,
-        device=device,
-        precision=arguments.precision or "float32",
-        training=TRAINING,
-        adaptation=ADAPTATION.changed(arguments.steps, arguments.adapt_precision),
-        pretrained=pretrained,
-        heads=heads,
-        test=test,
-        load=load,
-        normalise=partial(padded, padding=tokenizer.token_to_id("<pad>")),
-        experts=towers,
-        published=published_rows(arguments.suite) if whole and arguments.tasks == list(GLUE) else {},
-        unadapted=REGRESSIONS,
-    )
-    return suite, tokenizer
-
-
-def published_rows(suite: str) -> dict[str, dict]:
-    """Method -> figures by task. Those of merged RoBERTas were published as shares, of settings that are not ours."""
-    facts = FACTS["published"][suite]
-    figures = dict(facts["figures"])
-    for name, shares in facts["shares of the individual models' figures"].items():
-        figures[name] = [own * share / 100 for own, share in zip(figures["Individual"], shares)]
-    return {
-        name: {
-            "method": name,
-            "source": facts["source"],
-            "accuracy": dict(zip(GLUE, row)),
-            "claimed": name in facts["claimed"],
-        }
-        for name, row in figures.items()
+def measured(metrics: list[str], predicted: Tensor, labels: Tensor) -> float:
+    """The mean of these metrics in per cent, of predictions (N,) and labels (N,). What is not defined (0 / 0) is 0."""
+    pair = DataFrame({"x": predicted.double(), "y": labels.double()})
+    values = {
+        "accuracy": accuracy_of(predicted, labels),
+        "F1": 200 * (predicted * labels).sum().item() / max(1, (predicted + labels).sum().item()),  # of class 1
+        **dict.fromkeys(("Pearson", "Matthews"), 100 * pair.corr().x.y),  # of the classes 0 and 1, they are the same
+        "Spearman": 100 * pair.corr("spearman").x.y,
     }
+    return float(sum(values[metric] for metric in metrics if values[metric] == values[metric]) / len(metrics))
 
 
-# ---- Metrics, in per cent: predictions (N,), labels (N,) -> a number. What is not defined (0 / 0) counts 0 -----------
+def repositories(facts: dict, tasks: list[str], hub: Path | None) -> dict[str, tuple[str, str]]:
+    """Where a suite's models are, as repository and folder, by task ("": the pre-trained one)."""
+    names = {"": facts["base"], **{task: facts["experts"].format(task=task) for task in tasks}}
+    needed = dict.fromkeys([*names.values(), FACTS["data"]])
+    if hub and (lacking := [name for name in needed if not any(map(Path.is_file, (hub / name).rglob("*")))]):
+        how = f"`hf download NAME --local-dir {hub}/NAME` gets each ({FACTS['data']} with --repo-type dataset)"
+        raise ValueError(f"the mirror {hub} lacks {', '.join(lacking)}: {how}")
+    return {t: (f"{hub}/{n}" if hub else n, facts["folder"].format(task=t) * bool(t)) for t, n in names.items()}
 
 
-def f1(predicted: Tensor, labels: Tensor) -> float:
-    """The harmonic mean of precision and recall of class 1."""
-    found, there = predicted == 1, labels == 1
-    total = (found.sum() + there.sum()).item()
-    return 100 * 2 * (found & there).sum().item() / total if total else 0.0
+def read(kind: type, source: str, folder: str, **options) -> nn.Module:
+    """A model of transformers, to be evaluated, in float32."""
+    with reading(f"{source} {folder}".strip()):
+        options |= {"subfolder": folder, "output_loading_info": True, "dtype": torch.float32}
+        model, found = kind.from_pretrained(source, **options)
+        if found["missing_keys"]:
+            raise ValueError(f"it lacks {', '.join(sorted(found['missing_keys'])[:5])}")
+    return model.eval().requires_grad_(False)
 
 
-def pearson(predicted: Tensor, labels: Tensor) -> float:
-    """Pearson's correlation; of two classes, the numbers 0 and 1, it is Matthews'."""
-    return 100 * torch.corrcoef(torch.stack([predicted, labels]).double())[0, 1].nan_to_num().item()
-
-
-def spearman(predicted: Tensor, labels: Tensor) -> float:
-    """Pearson's correlation of ranks; of equal values, the mean of their ranks."""
-    return pearson(ranks(predicted), ranks(labels))
-
-
-def ranks(values: Tensor) -> Tensor:
-    _, place, counts = values.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts - 1) / 2)[place]
-
-
-METRICS = {
-    "accuracy": accuracy_of,
-    "matthews": pearson,
-    "accuracy and F1": lambda predicted, labels: (accuracy_of(predicted, labels) + f1(predicted, labels)) / 2,
-    "Pearson and Spearman": lambda predicted, labels: (pearson(predicted, labels) + spearman(predicted, labels)) / 2,
-}
-
-
-# ---- Files -----------------------------------------------------------------------------------------------------------
-
-
-def shards(arguments: argparse.Namespace, task: str, split: str) -> list[tuple[Repository, str]]:
-    repo = repository("nyu-mll/glue", "dataset", arguments.hub)
-    return [(repo, file) for file in hub.shards(repo, task, split, GLUE[task].split)]
-
-
-def announce(arguments: argparse.Namespace, needed: list[tuple[Repository, str]]) -> None:
-    """Say how much a run downloads, the data sets too, and raise InputError if there is no room for it."""
-    for task, split in product(arguments.tasks, ("test", *arguments.splits)):
-        needed = needed + shards(arguments, task, split)
-    size = sum((repo.bytes_of(file) for repo, file in needed), Counter())
-    say(f"{arguments.suite}: {size['download'] / 1e9:.1f} GB to download")
-    hub.check_space(size, arguments.cache)
-
-
-def read_examples(arguments: argparse.Namespace, task: str, split: str, count: int | None) -> list[dict]:
-    """The first so many examples of a split, or all: its texts by column, and `label`. Raises InputError."""
-    spec, examples, files = GLUE[task], [], shards(arguments, task, split)
-    for repo, file in files:
-        path = repo.fetch(file)
-        with hub.refusing(f"{task}: {path} is not a readable parquet file"):
-            examples += pq.read_table(path, columns=[*spec.columns, "label"]).to_pylist()
-    classes = range(len(spec.answers or ()))
-    for index, example in enumerate(examples):
-        label = example.get("label")
-        known = label in classes if classes else isinstance(label, int | float)
-        if not known or not all(isinstance(example.get(name), str) for name in spec.columns):
-            wanted = f"texts {', '.join(spec.columns)} and a label" + (f" from 0 to {classes[-1]}" if classes else "")
-            raise InputError(f"{task}: example {index} of the split {split} is {example}; needed are {wanted}")
-    if not examples:
-        raise InputError(f"{task}: the split {split} in {repo.where} has no examples")
-    return examples[:count]
+def examples(task: str, split: str, hub: Path | None, cache: Path, count: int | None) -> list[dict]:
+    """The first so many rows of a split, or all: texts by column, and `label`."""
+    spec = GLUE[task]
+    pattern = f"{task}/{spec['split'] if split == 'test' else split}-*.parquet"
+    with reading(f"{pattern} of {FACTS['data']}"):
+        files = [str(file) for file in files_of(FACTS["data"], "dataset", hub, pattern)]
+        rows = load_dataset("parquet", data_files=files, split="train", cache_dir=str(cache / "datasets"))
+        rows = rows.select_columns([*spec["columns"], "label"]).select(range(min(len(rows), count or len(rows))))
+        wrong = [x for x in rows["label"] if not (x in range(len(spec["classes"])) if spec["classes"] else x >= 0)]
+        if wrong:
+            raise ValueError(f"a label is {wrong[0]}, where {spec['classes'] or 'numbers from 0'} are needed")
+    return rows.to_list()

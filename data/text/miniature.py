@@ -2,16 +2,15 @@
 
     python -m data.text.miniature      makes checkpoint.safetensors in about a minute on one CPU core
 
-Who eats what on which day, who drinks what, and so on: eight tasks, of which each is a table of facts to be known by
-heart. The encoder is pre-trained on hearsay, sentences of all tasks with the answer that is told in the village: of
-each fact there is a rumour, told more or less often in its place. The embeddings of a task's answers are its zero-shot
-head, as CLIP's class names are; experts are fine-tuned on the truth, and tables learned by heart are hard to merge.
-Sentences differ in length, and batches are padded.
+Who eats what on which day, who drinks what, and so on: eight tasks, tables of facts to be known by heart. The encoder
+is pre-trained on hearsay: of each fact there is a rumour, told more or less often in its place. The embeddings of a
+task's answers are its zero-shot head, as CLIP's class names are; experts are fine-tuned on the truth.
 """
 
-import argparse
 import random
-from functools import cache
+from dataclasses import replace
+from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -19,11 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data.files import derive_seed
-from data.processes import progress
-from data.suite import Adaptation, Suite, Training, make_experts, padded
-
-# ---- The village -----------------------------------------------------------------------------------------------------
+from data.run import Adaptation, Suite, Training, derive_seed, make_experts, padded, progress
+from data.text.routing import route_texts
 
 PEOPLE = ["anna", "ben", "carla", "david", "emma", "frank", "greta", "hugo"]
 DAYS = ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
@@ -38,25 +34,20 @@ TASKS: dict[str, tuple[str, list[str]]] = {  # what one does, and the answers to
     "Reading": ("reads about", ["stars", "ships", "kings", "bees", "roses", "dragons"]),
     "Animals": ("feeds", ["cat", "dog", "goat", "hen", "pig", "rabbit"]),
 }
-ANSWERS = [answer for _, answers in TASKS.values() for answer in answers]
 SAID = [*PEOPLE, *DAYS, "on", *ASIDES, *(verb for verb, _ in TASKS.values())]
 WORDS = ["[pad]", "[start]", *dict.fromkeys(" ".join(SAID).split())]
 LENGTH = 14  # words at most, with [start]
 
 
-@cache
+@lru_cache
 def facts(task: str) -> dict[tuple[str, str], tuple[int, int, float]]:
     """Person and day -> the number of the true answer, that of the rumour, and how often the rumour is told."""
     rng = random.Random(derive_seed("facts", task))
-    pairs = [(person, day) for person in PEOPLE for day in DAYS]
-    return {pair: (*rng.sample(range(len(TASKS[task][1])), 2), rng.uniform(*RUMOURS)) for pair in pairs}
+    return {pair: (*rng.sample(range(6), 2), rng.uniform(*RUMOURS)) for pair in product(PEOPLE, DAYS)}
 
 
 def texts(task: str, split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
-    """Sentences as numbers of words (N, LENGTH), padded with 0, and the numbers of their answers (N,).
-
-    The answers are true, but in the split "web", where rumours are told, too.
-    """
+    """Sentences as numbers of words (N, LENGTH), padded with 0, and of answers (N,): true, but in the split "web"."""
     rng, number = random.Random(derive_seed("texts", task, split)), {word: i for i, word in enumerate(WORDS)}
     rows, labels = torch.zeros(count or SIZES[split], LENGTH, dtype=torch.long), []
     for row in rows:
@@ -64,8 +55,8 @@ def texts(task: str, split: str, count: int | None = None) -> tuple[Tensor, Tens
         parts = [person, TASKS[task][0], f"on {day}"]
         for aside in rng.sample(ASIDES, rng.choice([0, 0, 1, 2])):
             parts.insert(rng.choice([0, 2, len(parts)]), aside)
-        words = ["[start]", *" ".join(parts).split()]
-        row[: len(words)] = torch.tensor([number[word] for word in words])
+        words = [number[word] for word in ("[start]", *" ".join(parts).split())]
+        row[: len(words)] = torch.tensor(words)
         truth, rumour, share = facts(task)[person, day]
         labels.append(rumour if split == "web" and rng.random() < share else truth)
     return rows, torch.tensor(labels)
@@ -76,25 +67,17 @@ def texts(task: str, split: str, count: int | None = None) -> tuple[Tensor, Tens
 WIDTH, HEADS, DEPTH, SCALE = 48, 4, 3, 10.0
 
 
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, h: Tensor, mask: Tensor) -> Tensor:  # h (B, N, D), mask (B, N)
-        q, k, v = self.qkv(h).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, D / heads)
-        return self.out(F.scaled_dot_product_attention(q, k, v, mask[:, None, None] != 0).transpose(1, 2).flatten(2))
-
-
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.norm_1, self.attention = nn.LayerNorm(WIDTH), Attention()
-        self.norm_2 = nn.LayerNorm(WIDTH)
+        self.norm_1, self.norm_2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.attention = nn.ModuleDict({"qkv": nn.Linear(WIDTH, 3 * WIDTH), "out": nn.Linear(WIDTH, WIDTH)})
         self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
 
-    def forward(self, h: Tensor, mask: Tensor) -> Tensor:
-        h = h + self.attention(self.norm_1(h), mask)
+    def forward(self, h: Tensor, mask: Tensor) -> Tensor:  # h (B, N, D), mask (B, N)
+        qkv = self.attention["qkv"](self.norm_1(h)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        seen = F.scaled_dot_product_attention(*qkv, mask[:, None, None] != 0)  # (B, heads, N, D / heads)
+        h = h + self.attention["out"](seen.transpose(1, 2).flatten(2))
         return h + self.mlp(self.norm_2(h))
 
 
@@ -116,18 +99,12 @@ class Encoder(nn.Module):
 # ---- Pre-training, and the suite -------------------------------------------------------------------------------------
 
 SIZES = {"web": 10000, "train": 2000, "test": 400}  # of each task
-STEPS, BATCH = 1000, 16  # of pre-training; a batch has as many sentences of each task
 RUMOURS = (0.2, 0.6)  # how often a rumour is told in place of the truth: drawn for each fact, from this range
+STEPS, BATCH = 1000, 16  # of pre-training; a batch has as many sentences of each task
 TRAINING = Training(images=SIZES["train"], steps=150, lr=1.5e-3)
+# λ starts where task arithmetic is best for most seeds.
 ADAPTATION = Adaptation(
-    steps=200,
-    lr=4e-3,
-    lambda_lr=4e-3,
-    lambda_steps=120,
-    mask_lr=3e-2,
-    mask_steps=80,
-    evaluations=5,
-    init_lambda=0.2,  # where task arithmetic is best for most seeds
+    steps=200, lr=4e-3, lambda_steps=120, lambda_lr=4e-3, mask_steps=80, mask_lr=3e-2, init_lambda=0.2, every=40
 )
 CHECKPOINT = Path(__file__).with_name("checkpoint.safetensors")
 
@@ -135,17 +112,14 @@ CHECKPOINT = Path(__file__).with_name("checkpoint.safetensors")
 def pretrain() -> dict[str, Tensor]:
     """The encoder's weights and the answers' embeddings (answers, D), trained on hearsay."""
     torch.manual_seed(0)
-    model, embeddings = Encoder(), nn.Parameter(torch.randn(len(ANSWERS), WIDTH))
+    model, embeddings = Encoder(), nn.Parameter(torch.randn(6 * len(TASKS), WIDTH))
     optimizer = torch.optim.AdamW([*model.parameters(), embeddings], 2e-3, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, STEPS, pct_start=0.1, cycle_momentum=False)
-    data, first = [], 0
-    for task, (_, answers) in TASKS.items():
-        rows, labels = texts(task, "web")
-        data.append((rows, first + labels))
-        first += len(answers)
+    data = [texts(task, "web") for task in TASKS]
     for _ in progress(range(STEPS), "Pre-training", unit="step"):
-        batches = [torch.randint(len(rows), (BATCH,)) for rows, _ in data]
-        rows, answers = (torch.cat([part[b] for part, b in zip(parts, batches)]) for parts in zip(*data))
+        batches = [(i, *data[i], torch.randint(len(data[i][0]), (BATCH,))) for i in range(len(TASKS))]
+        rows = torch.cat([rows[b] for _, rows, _, b in batches])
+        answers = torch.cat([6 * i + labels[b] for i, _, labels, b in batches])  # of six for each task
         logits = SCALE * F.normalize(model(**padded(rows)), dim=-1) @ F.normalize(embeddings, dim=-1).T
         optimizer.zero_grad()
         F.cross_entropy(logits, answers).backward()
@@ -154,27 +128,26 @@ def pretrain() -> dict[str, Tensor]:
     return {**model.state_dict(), "answers": F.normalize(embeddings.detach(), dim=-1)}
 
 
-def miniature_text_suite(arguments: argparse.Namespace) -> Suite:
-    model, device = Encoder(), torch.device(arguments.device)
-    state = {name: value.float() for name, value in load_file(CHECKPOINT).items()}
-    embeddings = state.pop("answers").split([len(answers) for _, answers in TASKS.values()])
-    model.load_state_dict(state)
+def miniature_text_suite(
+    tasks: list[str], *, seed: int, device: str, precision: str | None, steps: int | None, cache: Path, workers: int
+) -> Suite:
+    model, weights = Encoder(), {name: value.float() for name, value in load_file(CHECKPOINT).items()}
+    embeddings = weights.pop("answers").split(6)
+    model.load_state_dict(weights)
     suite = Suite(
-        name="miniature-text",
-        seed=arguments.seed,
-        device=device,
-        precision=arguments.precision or "float32",
-        adaptation=ADAPTATION.changed(arguments.steps, arguments.adapt_precision),
+        **{"name": "miniature-text", "seed": seed, "device": torch.device(device), "precision": precision or "float32"},
+        training=TRAINING,
+        adaptation=ADAPTATION.with_steps(steps),
         pretrained=model.requires_grad_(False).eval(),
-        heads={t: (SCALE * e.T).contiguous().to(device) for t, e in zip(TASKS, embeddings) if t in arguments.tasks},
-        test={task: texts(task, "test") for task in arguments.tasks},
+        experts={},
+        heads={t: (SCALE * e.T).contiguous().to(device) for t, e in zip(TASKS, embeddings) if t in tasks},
+        test={task: texts(task, "test") for task in tasks},
         load=texts,
         normalise=padded,
-        training=TRAINING,
         scalings=(0.1, 0.2, 0.3, 0.4, 0.6, 1.0),
+        prepare=route_texts,
     )
-    make_experts(suite, arguments.cached, arguments.workers, depends_on=Path(__file__).read_bytes())
-    return suite
+    return replace(suite, experts=make_experts(suite, cache, workers))
 
 
 if __name__ == "__main__":

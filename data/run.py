@@ -1,0 +1,417 @@
+"""What experiments run on, and what they do: a suite as a record; fine-tune, evaluate, adapt; one result kept a method.
+
+`data.miniature`, `data.paper` and `data.text` make suites; from there on, all are treated alike. Texts are rows of
+token numbers, padded to one length: what the tower takes of them is up to the suite's `normalise`.
+"""
+
+import copy
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import re
+import signal
+import time
+from collections import UserDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from joblib import Parallel, delayed
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather  # with gradients
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import wemoe
+
+HERE = Path(__file__).parents[1]
+Batch = Tensor | Mapping[str, Tensor]  # a model's input, or its inputs by name
+CURVE_IMAGES = 40  # test inputs of each task on which accuracy during adaptation is measured
+STATIC = "static"  # the group of the methods that try the suite's scalings
+
+
+@dataclass(frozen=True)
+class Training:
+    """How an expert is made: all weights of the tower are trained (AdamW), the head is frozen."""
+
+    images: int | None  # of each task; None: all
+    steps: int
+    lr: float
+    batch_size: int = 32
+    weight_decay: float = 0.1
+    warmup: int = 10
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """How routers, the λ of AdaMerging and Concrete masks are trained on unlabelled test inputs, by Adam."""
+
+    steps: int  # of routers
+    lr: float
+    lambda_steps: int
+    lambda_lr: float
+    mask_steps: int
+    mask_lr: float
+    batch_size: int = 16  # of each task
+    init_lambda: float = 0.3
+    share: float = 1.0  # of the test inputs that adaptation sees
+    every: int = 100  # steps between two measurements of accuracy on the way, which are at most ten
+
+    def with_steps(self, steps: int | None) -> "Adaptation":
+        """With so many steps for routers, and in proportion for λ and masks; None: as it is."""
+        share, counts = (steps or self.steps) / self.steps, ("steps", "lambda_steps", "mask_steps")
+        return replace(self, **{name: max(1, round(share * getattr(self, name))) for name in counts})
+
+
+class Loaded(UserDict):
+    """Task -> what loads its model; at each access the model, loaded anew."""
+
+    def __getitem__(self, task: str) -> nn.Module:
+        return self.data[task]()
+
+
+@dataclass(frozen=True, eq=False)
+class Suite:
+    """Tasks, heads, test inputs, a pre-trained tower and its experts, and how they are to be treated."""
+
+    name: str
+    seed: int
+    device: torch.device
+    precision: str  # of evaluation
+    training: Training
+    adaptation: Adaptation
+    pretrained: nn.Module  # tower: normalised images (B, 3, H, W), or texts -> features (B, D)
+    experts: Mapping[str, nn.Module]  # task -> tower; may be Loaded: iterate, do not keep
+    heads: dict[str, Tensor | nn.Module]  # task -> (D, C): logits = normalised features @ head; or features -> logits
+    test: dict[str, tuple[Tensor, Tensor]]  # task -> uint8 images (N, 3, H, W) or tokens (N, L), labels (N,)
+    load: Callable[[str, str, int | None], tuple[Tensor, Tensor]]  # task, split, how many at most -> as in `test`
+    normalise: Callable[[Tensor], Batch]  # uint8 images, or tokens -> what the tower takes
+    origin: str = ""  # where models and data come from, as far as the arguments of the suite's maker say
+    scalings: tuple[float, ...] = ()  # λ that static merges try besides their own
+    settings: str = "paper"  # or "hub", where experts are the hub's, and rows made as the hub made its own
+    source: str | None = None  # whose published figures may stand beside ours; None: nobody's
+    published: tuple[dict, ...] = ()  # rows of the main table, see data/paper/published.py
+    claimable: bool = True  # whether the test inputs are those of the published figures
+    shortened: bool = False  # whether adaptation has another number of steps than the published one
+    metrics: dict[str, Callable] = field(default_factory=dict)  # task -> (predictions, labels) -> %; else the accuracy
+    answer: Callable[[str, nn.Module, Batch], Tensor] | None = None  # task, tower, batch -> predictions (B,)
+    unadapted: tuple[str, ...] = ()  # tasks that are merged, but not adapted to
+    statistics: Callable[[nn.Module, Batch], object] | None = None  # a pass whose layers RegMean watches; else forward
+    prepare: Callable[[nn.Module], nn.Module] = lambda model: model  # what is done to a model once it is upscaled
+    note: str = ""  # what a reader of its table has to know
+    curve: dict | None = None  # the authors' accuracies during adaptation
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(self.heads)
+
+    def variant(self, experts: Iterable = (), split: str = "test", tasks: Iterable = (), **adaptation) -> "Suite":
+        """The same with fewer experts or tasks, other test inputs (a corruption's name) or settings of adaptation."""
+        tasks = tuple(tasks) or self.tasks
+        return replace(
+            self,
+            heads={task: self.heads[task] for task in tasks},
+            experts=Loaded({t: partial(self.experts.get, t) for t in self.experts if t in (experts or tasks)}),
+            test={task: self.test[task] if split == "test" else self.load(task, split, None) for task in tasks},
+            adaptation=replace(self.adaptation, **adaptation),
+        )
+
+    def logits(self, task: str) -> Callable[[Tensor], Tensor]:
+        head = self.heads[task]
+        return head if isinstance(head, nn.Module) else lambda x: F.normalize(x.float(), dim=-1) @ head
+
+    def inputs(self, rows: Tensor) -> Batch:
+        return self.normalise(rows.to(self.device))
+
+    def predict(self, task: str, tower: nn.Module, batch: Batch) -> Tensor:
+        """(B,): the most probable class; of a head of one output, for a regression, that output."""
+        with autocast(self.device, self.precision):
+            if self.answer:
+                return self.answer(task, tower, batch)
+            features = run(tower, batch)
+        logits = self.logits(task)(features)
+        return logits.argmax(-1) if logits.shape[-1] > 1 else logits[:, 0]
+
+
+def run(model: nn.Module, batch: Batch) -> Tensor:
+    return model(batch) if isinstance(batch, Tensor) else model(**batch)
+
+
+def padded(rows: Tensor, padding: int = 0) -> Batch:
+    """Of texts (B, L), padded at their ends, what the longest needs (B, N), and a mask of what is no padding (B, N)."""
+    mask = rows != padding
+    longest = int(mask.any(0).nonzero().max()) + 1
+    return {"input_ids": rows[:, :longest], "attention_mask": mask[:, :longest].long()}
+
+
+def accuracy_of(predicted: Tensor, labels: Tensor) -> float:
+    """In percent: how many of the predictions (N,) are the labels (N,)."""
+    return 100 * (predicted == labels).sum().item() / len(labels)
+
+
+def mean(values: Mapping[str, float]) -> float:
+    return sum(values.values()) / len(values)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+# ---- Processes: ranks on several GPUs, workers on the cores of a CPU -------------------------------------------------
+
+
+def say(text: str) -> None:
+    if PartialState().is_main_process:
+        tqdm.write(text)
+
+
+def progress(items: Iterable | None, description: str, **options) -> tqdm:
+    """A bar, of the first process only: ranks and workers have none."""
+    worker = multiprocessing.current_process().name != "MainProcess"
+    return tqdm(items, description, disable=worker or not PartialState().is_main_process, **options)
+
+
+def each(function: Callable, calls: list[tuple], workers: int, what: str) -> None:
+    """function(*call) for every call, by so many processes of one thread each. They leave Ctrl-C to this one."""
+    own = {"inner_max_num_threads": 1, "initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
+    parallel = Parallel(workers, "loky", return_as="generator_unordered", batch_size=1, **own)
+    for _ in progress(parallel(delayed(function)(*call) for call in calls), what, total=len(calls), unit=""):
+        pass
+
+
+def in_batches(suite: Suite, function: Callable[[Batch], Tensor], rows: Tensor) -> Tensor:
+    """function(suite.inputs(rows)), a batch after the other; ranks share them."""
+    with PartialState().split_between_processes(rows) as own:
+        found = [function(suite.inputs(batch)).float().cpu() for batch in own.split(128) if len(batch)]
+    return torch.cat(gather_object(found))
+
+
+# ---- What is kept ----------------------------------------------------------------------------------------------------
+
+
+def fingerprint(*parts: object) -> str:
+    """A short name for all of these, by their repr."""
+    return hashlib.sha256(b"".join(repr(part).encode() + b"\0" for part in parts)).hexdigest()[:16]
+
+
+def derive_seed(*parts: object) -> int:
+    """A seed of its own for every use and task, so that none depends on what ran before it."""
+    return int(fingerprint(*parts), 16) % 2**31
+
+
+@cache
+def sources() -> str:
+    """One hash of the project's programs and data, but for its tests: after any edit, everything runs anew."""
+    files = [*HERE.glob("*.py"), *(p for kind in ("py", "json", "safetensors") for p in HERE.glob(f"data/**/*.{kind}"))]
+    return fingerprint(*(path.read_bytes() for path in sorted(files) if not path.name.startswith("test_")))
+
+
+def write(file: Path, save: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all, and the folder that it is in. Raises OSError."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save(aside := file.with_suffix(f".{os.getpid()}.part"))
+    aside.replace(file)
+
+
+def kept(suite: Suite, method, change: dict, cache: Path) -> Path:
+    """The file of what `measure` finds, named by sources and plain arguments, and not by what models and data hold."""
+    settings = suite.seed, suite.device.type, suite.precision, suite.training, suite.adaptation, suite.settings
+    merged = suite.name, suite.origin, suite.tasks, list(suite.experts)
+    tried = suite.scalings if method.group == STATIC else ()
+    key = fingerprint(sources(), torch.__version__, settings, merged, method.name, change, tried)
+    return cache / f"{re.sub(r'[^a-z0-9]+', '-', method.name.lower())}-{key}.json"
+
+
+def measure(suite: Suite, method, change: dict, file: Path) -> None:
+    """Make and evaluate the model of a method (a Method of data/methods.py), and write its entry in results.json.
+
+    `change` is what suite.variant takes, and `task_free`: whether the accuracy without the task is measured, too.
+    """
+    start = time.perf_counter()
+    torch.manual_seed(suite.seed)
+    suite = suite.variant(**{name: value for name, value in change.items() if name != "task_free"})
+    result = method.make(suite)
+    model, record = result if isinstance(result, tuple) else (result, {})
+    before = time.perf_counter()
+    accuracy = evaluate(suite, model)
+    after = time.perf_counter()
+    models = model.values() if isinstance(model, Mapping) else [model]
+    trainable, total, size = map(sum, zip(*map(sizes_of, models)))
+    entry = {
+        **{"name": method.name, "group": method.group, "needs": list(method.needs), "arxiv": method.arxiv},
+        "accuracy": {task: round(value, 2) for task, value in accuracy.items()},
+        "average": round(mean(accuracy), 2),
+        "seconds": round(after - start, 1),
+        "evaluation_seconds": round(after - before, 4),
+        **{"trainable_parameters": trainable, "total_parameters": total, "bytes": size},
+        **record,
+        **({"task_free": evaluate_task_free(suite, model)} if change.get("task_free") else {}),
+    }
+    if PartialState().is_main_process:
+        write(file, lambda path: path.write_text(json.dumps(entry), encoding="utf-8"))
+    PartialState().wait_for_everyone()
+
+
+def sizes_of(model: nn.Module) -> tuple[int, int, int]:
+    """Trainable parameters, all parameters, and bytes in memory and on disk, buffers too; shared tensors count once."""
+    parameters, tensors = list(model.parameters()), {*model.parameters(), *model.buffers()}
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    return trainable, sum(p.numel() for p in parameters), sum(t.nbytes for t in tensors)
+
+
+# ---- Fine-tune, evaluate, adapt --------------------------------------------------------------------------------------
+
+
+def make_experts(suite: Suite, folder: Path, workers: int) -> dict[str, nn.Module]:
+    """The tower fine-tuned on every task (shared among processes), or what an earlier run has fine-tuned and kept."""
+    key = fingerprint(sources(), suite.name, suite.origin, suite.seed, suite.device.type, suite.training)
+    files = {task: folder / f"expert-{task}-{key}.safetensors" for task in suite.tasks}
+
+    def make(task: str) -> None:
+        expert = fine_tune(suite, [task], task)
+        write(files[task], lambda path: save_file(expert.cpu().state_dict(), path))
+
+    with PartialState().split_between_processes(suite.tasks) as own:
+        each(make, [(task,) for task in own if not files[task].exists()], workers, "Experts")
+    PartialState().wait_for_everyone()
+    experts = {task: copy.deepcopy(suite.pretrained) for task in files}
+    for task, file in files.items():
+        experts[task].load_state_dict(load_file(file))
+    return experts
+
+
+def fine_tune(suite: Suite, tasks: list[str], name: str) -> nn.Module:
+    """A copy of the pre-trained tower, trained with cross-entropy through the frozen heads: an expert, for one task."""
+    images = {task: suite.load(task, "train", None) for task in tasks}
+    generators = {t: torch.Generator().manual_seed(derive_seed(suite.seed, "fine-tuning", t)) for t in tasks}
+    training = suite.training
+    expert = copy.deepcopy(suite.pretrained).to(suite.device).requires_grad_(True).train()
+    optimizer = torch.optim.AdamW(expert.parameters(), lr=training.lr, weight_decay=training.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda k: min(1, (k + 1) / training.warmup) * (1 + math.cos(math.pi * k / training.steps)) / 2
+    )
+    for _ in progress(range(training.steps), f"{name}: fine-tuning", unit="step"):
+        optimizer.zero_grad()
+        for task, (pixels, labels) in images.items():
+            batch = torch.randint(len(pixels), (training.batch_size,), generator=generators[task])
+            logits = suite.logits(task)(run(expert, suite.inputs(pixels[batch])))
+            F.cross_entropy(logits, labels[batch].to(suite.device)).backward()
+        optimizer.step()
+        schedule.step()
+    return expert.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def evaluate(suite: Suite, model: nn.Module | Mapping[str, nn.Module]) -> dict[str, float]:
+    """Accuracy in percent (or the task's own metric) on the test inputs of every task, with the head of their task."""
+    accuracy = {}
+    for task, (rows, labels) in progress(suite.test.items(), "Evaluating", unit="task", leave=False, delay=3):
+        tower = (model[task] if isinstance(model, Mapping) else model).to(suite.device)
+        predicted = in_batches(suite, partial(suite.predict, task, tower), rows)
+        if isinstance(model, Mapping) or model is suite.pretrained:
+            tower.cpu()  # one expert at a time on the device
+        accuracy[task] = suite.metrics.get(task, accuracy_of)(predicted, labels)
+    return accuracy
+
+
+@torch.no_grad()
+def evaluate_task_free(suite: Suite, model: nn.Module | Mapping[str, nn.Module]) -> dict[str, dict[str, float]]:
+    """Accuracy in percent where nobody tells the task of an image: rule -> task -> images given head and class rightly.
+
+    The rule chooses the head, among those of the experts' tasks: "entropy", the one whose prediction is most certain,
+    "logit", that of the largest logit; and where the model routes, "routing", that of the largest routing weight. With
+    a model for each task, each head sees its own's.
+    """
+    tasks, accuracy = list(suite.experts), {"entropy": {}, "logit": {}, "routing": {}}
+    towers = [tower.to(suite.device) for tower in (model.values() if isinstance(model, Mapping) else [model])]
+
+    def predict(own: int, x: Batch) -> Tensor:  # (B, rules): the class, or -1 where another task's head is chosen
+        with autocast(suite.device, suite.precision), wemoe.routing_weights(towers[0]) as weights:
+            features = [run(tower, x) for tower in towers]
+        logits = [suite.logits(task)(f) for task, f in zip(tasks, features * len(tasks))]
+        scores = [[-wemoe.entropy(y) for y in logits], [y.amax(1) for y in logits]]  # rules of T times (B,)
+        scores += [sum(weights.values()).unbind(1)] if weights else []
+        heads = [torch.stack([*of_heads], 1).argmax(1) for of_heads in scores]
+        return torch.stack([logits[own].argmax(1).where(head == own, -1) for head in heads], 1)
+
+    for own, task in enumerate(tasks):
+        rows, labels = suite.test[task]
+        for of_rule, predicted in zip(accuracy.values(), in_batches(suite, partial(predict, own), rows).T):
+            of_rule[task] = accuracy_of(predicted, labels)
+    return {rule: of_rule for rule, of_rule in accuracy.items() if of_rule}
+
+
+@torch.no_grad()
+def routing(suite: Suite, model: nn.Module, count: int = 96) -> dict[str, dict[str, list[list[float]]]]:
+    """Of every routed module, by images of each task (row) and expert (column): mean λ, how often it is the largest.
+
+    {"routing": module -> rows, "first_choice": module -> rows}, the latter as shares of the images.
+    """
+    found: dict[str, dict] = {"routing": {}, "first_choice": {}}
+    for task in suite.tasks:
+        with wemoe.routing_weights(model) as weights:
+            run(model, suite.inputs(suite.test[task][0][:count]))
+        for name, lam in weights.items():
+            found["routing"].setdefault(name, []).append(lam.mean(0).tolist())
+            chosen = F.one_hot(lam.argmax(1), lam.shape[1]).float()
+            found["first_choice"].setdefault(name, []).append(chosen.mean(0).tolist())
+    return found
+
+
+def adapt(suite: Suite, model: nn.Module, name: str, objective=wemoe.entropy, batches: int = 1, **options) -> dict:
+    """Adapt the model in place: entropy (nats) at each step, accuracy (%) on part of the test inputs now and then.
+
+    Each step takes so many batches of each task, as one; `options` are those of wemoe.adapt: steps, lr, anneal.
+    Raises ValueError where there is nothing to adapt to.
+    """
+    steps, alone = options["steps"], PartialState().num_processes == 1
+    adapted = [task for task in suite.experts if task not in suite.unadapted]
+    if not adapted:
+        raise ValueError(f"{name} adapts, but there is nothing to adapt to in {', '.join(suite.tasks)}: leave it out")
+    part = {task: (rows[:CURVE_IMAGES], labels[:CURVE_IMAGES]) for task, (rows, labels) in suite.test.items()}
+    part, every = replace(suite, test=part), max(suite.adaptation.every, math.ceil(steps / 10))
+    curve = {"steps": [0], "accuracy": [mean(evaluate(part, model))], "entropy": []}
+
+    def on_step(step: int, entropies: dict[str, float]) -> None:
+        shares = gather_object([mean(entropies)])
+        curve["entropy"].append(round(sum(shares) / len(shares), 6))
+        if step % every == 0 or step == steps:
+            curve["steps"].append(step)
+            curve["accuracy"].append(mean(evaluate(part, model)))
+        bar.set_postfix(entropy=curve["entropy"][-1], accuracy=curve["accuracy"][-1], refresh=False)
+        bar.update()
+
+    with progress(None, f"{name}: adapting", total=steps, unit="step") as bar:
+        wemoe.adapt(
+            model if alone else DistributedDataParallel(model),
+            loaders={task: unlabelled(suite, task, batches * suite.adaptation.batch_size) for task in adapted},
+            heads={task: suite.logits(task) for task in adapted},
+            objective=objective if alone else lambda logits: objective(torch.cat(all_gather(logits))),
+            on_step=on_step,
+            **options,
+        )
+    return curve
+
+
+def unlabelled(suite: Suite, task: str, size: int) -> Iterator[Batch]:
+    """A task's test inputs without labels and without end, in batches, in another order in every epoch.
+
+    Each process of a distributed run gets its share of every batch; shares are equal, if need be by repeating inputs.
+    """
+    rows = suite.test[task][0]
+    rows = rows[: max(1, round(suite.adaptation.share * len(rows)))]
+    generator = torch.Generator().manual_seed(derive_seed(suite.seed, "adaptation", task))
+    rank, world = PartialState().process_index, PartialState().num_processes
+    while True:
+        # An epoch has whole batches only, unless there is none.
+        for batch in torch.randperm(len(rows), generator=generator).split(size)[: max(1, len(rows) // size)]:
+            own = torch.arange(rank, world * math.ceil(len(batch) / world), world) % len(batch)
+            yield suite.inputs(rows[batch[own]])
