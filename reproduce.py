@@ -8,11 +8,10 @@
     torchrun --nproc-per-node=4 reproduce.py ViT-L-14          the same on four GPUs
     python reproduce.py miniature-text    small tasks over sentences: text, as little; roberta-glue, flan-t5-glue: GLUE
 
-A suite (data/run.py) is data: tasks, zero-shot heads, test images, a pre-trained tower and its fine-tuned experts. A
-method (data/methods.py) turns the experts into one model, or into one for each task. An experiment (see
-data/experiments.py) runs methods under several conditions and says what it shows. In every table but that of taskfree,
-the head of an image is that of its own task; the merged tower does not know the task. Results go to `results/<suite>/`:
-results.json, table.md and figures. What is finished is kept in `cache/` there, and a run started again goes on from it.
+A suite (data/suite.py) is data: tasks, zero-shot heads, test images, a pre-trained tower and its experts. A method
+(data/methods.py) makes of the experts one model, or one for each task. An experiment (data/experiments.py) runs methods
+under several conditions and says what it shows. An image is given the head of its own task, which the merged tower does
+not know. Results go to `results/<suite>/`: results.json, table.md, figures. What is finished is kept in `cache/` there.
 """
 
 import argparse
@@ -40,7 +39,8 @@ from data.miniature.tasks import ALL_TASKS, TASKS, miniature_suite
 from data.paper.hub import ARCHITECTURES, paper_suite
 from data.paper.hub import TASKS as PAPER_TASKS
 from data.paper.published import PUBLISHED_TASKS
-from data.run import Suite, each, kept, measure, say
+from data.run import each, kept, measure, say
+from data.suite import Suite
 from data.text import miniature as text
 from data.text.glue import GLUE, SENSELESS, flan_t5_glue_suite, roberta_glue_suite
 

@@ -176,16 +176,14 @@ TOKENS = torch.randint(3, 19, (2, 5))
 whole = lambda name, _: name == ""  # noqa: E731
 
 
-def test_defaults_are_the_papers():
-    assert task_arithmetic.__defaults__ == (0.3,) and Router.__init__.__defaults__ == (2, 0.3)
-    assert upscale.__kwdefaults__ == dict(init_lambda=0.3, router_depth=2, modules=wemoe.MLP, layer=None)
-    assert adapt.__kwdefaults__ == dict(steps=1000, lr=1e-4, objective=entropy, anneal=True, on_step=None)
-
-
-def test_wemoe_needs_nothing_but_torch():
+def test_it_needs_nothing_but_torch_and_starts_as_the_paper_does():
     with open(wemoe.__file__, encoding="utf-8") as file:
         imports = re.findall(r"^(?:import|from) (\w+)", file.read(), re.MULTILINE)
     assert set(imports) - set(sys.stdlib_module_names) == {"torch"}
+    assert task_arithmetic.__defaults__ == (0.3,) and Router.__init__.__defaults__ == (2, 0.3)
+    assert upscale.__kwdefaults__ == dict(init_lambda=0.3, router_depth=2, modules=wemoe.MLP, layer=None)
+    assert adapt.__kwdefaults__ == dict(steps=1000, lr=1e-4, objective=entropy, anneal=True, on_step=None)
+    assert all(0.008 < w.std() < 0.012 for w in Router(64, 64).parameters() if w.dim() == 2)
 
 
 # ---- Task vectors ----------------------------------------------------------------------------------------------------
@@ -233,11 +231,6 @@ def test_router_is_its_formula_averaged_over_tokens(depth, size, tasks, batch, t
         hidden = torch.relu(rows @ p[0].T + p[1]) if depth == 2 else rows
         lam = hidden @ p[-2].T + p[-1] if depth else p[0].expand(len(rows), -1)
         close(router(h).expand(batch, -1)[b], lam.mean(0))
-
-
-def test_routers_start_small():
-    torch.manual_seed(0)
-    assert all(0.008 < w.std() < 0.012 for w in Router(64, 64, 2).parameters() if w.dim() == 2)
 
 
 # ---- The routed module: the equation ---------------------------------------------------------------------------------
@@ -351,6 +344,8 @@ def test_the_router_sees_the_first_parameter_of_forward_however_it_is_passed(lay
 
 def test_hooks_see_what_those_of_a_dense_module_see():
     pretrained, finetuned = family("plain", 4, 2)
+    for model in (pretrained, *finetuned):  # before it is routed
+        model[2].register_forward_hook(lambda part, inputs, output: output.tanh())
     module, seen = WEMoE(pretrained, finetuned, expert(0)), []
     for part in (module, module.pretrained[0], finetuned[0], finetuned[0][0]):
         part.register_forward_hook(lambda part, inputs, output: seen.append(output))
@@ -367,6 +362,8 @@ def test_the_wrapped_module_stays_in_reach_but_the_numbers_of_its_weights_do_not
     assert weight.isnan().all() and module.fc.bias is None
     with pytest.raises(AttributeError, match="nothing"):
         module.nothing  # noqa: B018
+    module = WEMoE(*family("plain", 4, 2), Router(4, 2), layer=lambda *linear: MergedLayer(*linear))
+    assert [type(part) for part in module.pretrained] == [MergedLayer, nn.GELU, MergedLayer]
 
 
 # ---- Precision and devices -------------------------------------------------------------------------------------------
@@ -378,13 +375,19 @@ def plain(layer=None) -> tuple[WEMoE, Tensor]:
 
 @pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-5), (torch.bfloat16, 0.1), (torch.float16, 0.02)])
 def test_other_types(layer, dtype, atol):
-    module, x = plain(layer)
-    converted = copy.deepcopy(module).to(dtype)
-    y = converted(x.to(dtype))
-    assert y.dtype == dtype
+    """Routers stay in float32, and weights are merged in the precision of λ, then rounded to their own."""
+    (module, x), (pretrained, finetuned) = plain(layer), family("plain", 8, 3)
+    models = [model.to(dtype) for model in (pretrained, *finetuned)]
+    converted = upscale(models[0], models[1:], modules=whole, layer=layer)
+    converted.router.load_state_dict(module.router.state_dict())
+    y, lam = converted(x.to(dtype)), torch.rand(3, dtype=converted.router.layers[0].weight.dtype)
+    assert y.dtype == dtype and lam.dtype == torch.promote_types(dtype, torch.float32)
     close(y.float(), module(x), atol, rtol=0.05)
-    y.float().square().mean().backward()
-    assert all(p.grad.isfinite().all() and p.grad.any() for p in converted.router.parameters())
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients(y, converted))
+    part = next(part for part in converted.modules() if isinstance(part, MergedLayer))
+    for name, weight in part.weights(lam).items():
+        theta_0, tau = part.pretrained.get_parameter(name), part.tau(name)
+        same(weight, (theta_0.to(lam) + torch.tensordot(lam, tau.to(lam), dims=1)).to(dtype))
 
 
 @pytest.mark.parametrize("kind", ["plain", "normed"])
@@ -449,8 +452,7 @@ def test_upscaled_models_start_from_task_arithmetic_and_everything_else_stays_th
 
 def test_models_come_in_any_container_and_modules_are_chosen_by_any_predicate():
     pretrained, (a, b) = family("plain", 4, 2)
-    named = {"a": a, "b": b}
-    for models in ([a, b], iter([a, b]), named, nn.ModuleDict(named), [a.state_dict(), b.state_dict()]):
+    for models in ([a, b], iter([a, b]), nn.ModuleDict({"a": a, "b": b}), {"a": a.state_dict(), "b": b.state_dict()}):
         model = upscale(pretrained, models, modules=lambda _, module: isinstance(module, nn.Linear))
         set_router(model, expert(1))
         close(model(X), b(X))
@@ -475,31 +477,26 @@ LIBRARIES = {  # a small model, its input, and of how many modules a choice is; 
         lambda: open_clip.CLIP(4, dict(image_size=8, patch_size=4, width=8, layers=2, head_width=4),
                                dict(context_length=5, vocab_size=20, width=8, heads=2, layers=1)).visual,
         IMAGES, {None: 2, r"(mlp|attn)$": 4, r"resblocks\.\d+$": 2}),
-    "timm": (
-        lambda: timm.models.VisionTransformer(8, 4, embed_dim=8, depth=2, num_heads=2, num_classes=3),
-        IMAGES, {None: 2, r"(mlp|\.attn)$": 4, r"blocks\.\d+$": 2}),
-    "torchvision": (
-        lambda: torchvision.models.VisionTransformer(8, 4, 2, 2, 8, 16),
-        IMAGES, {None: 2, r"(mlp|self_attention)$": 4, r"encoder_layer_\d+$": 2}),
-    "ViT": (
-        lambda: hugging_face("ViTModel", **VISION),
-        dict(pixel_values=IMAGES), {None: 2, r"(mlp|attention)$": 4, r"layers\.\d+$": 2}),
-    "BERT": (
-        lambda: hugging_face("BertModel", **TEXT),
-        PADDED, {r"layer\.\d+\.(intermediate|output)$": 4, r"attention$": 2, r"layer\.\d+$": 2}),
+    "timm": (lambda: timm.models.VisionTransformer(8, 4, embed_dim=8, depth=2, num_heads=2, num_classes=3),
+             IMAGES, {None: 2, r"(mlp|\.attn)$": 4, r"blocks\.\d+$": 2}),
+    "torchvision": (lambda: torchvision.models.VisionTransformer(8, 4, 2, 2, 8, 16),
+                    IMAGES, {None: 2, r"(mlp|self_attention)$": 4, r"encoder_layer_\d+$": 2}),
+    "torch": (lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2),
+              torch.randn(2, 5, 8), {r"layers\.\d+$": 2, r"linear\d$": 4}),  # with a fast path
+    "ViT": (lambda: hugging_face("ViTModel", **VISION), dict(pixel_values=IMAGES),
+            {None: 2, r"(mlp|attention)$": 4, r"layers\.\d+$": 2}),
+    "BERT": (lambda: hugging_face("BertModel", **TEXT), PADDED,
+             {r"layer\.\d+\.(intermediate|output)$": 4, r"attention$": 2, r"layer\.\d+$": 2}),
     "T5": (
         lambda: hugging_face("T5ForConditionalGeneration", d_model=8, d_ff=16, d_kv=4, num_heads=2, vocab_size=20,
                              num_layers=1, num_decoder_layers=1, feed_forward_proj="gated-gelu"),
         dict(decoder_input_ids=TOKENS, use_cache=False, **PADDED), {None: 2}),
-    "Llama": (
-        lambda: hugging_face("LlamaForCausalLM", num_key_value_heads=2, **TEXT),
-        dict(use_cache=False, **PADDED), {None: 2, r"(mlp|self_attn)$": 4, r"layers\.\d+$": 2}),
-    "LeViT": (
-        lambda: timm.models.levit.Levit(32, embed_dim=(8,), key_dim=4, depth=(1,), num_heads=(2,)),
-        torch.randn(2, 3, 32, 32), {None: 1, r"blocks\.0$": 1}),
-    "Swin": (
-        lambda: timm.models.SwinTransformer(32, 2, embed_dim=8, depths=(1,), num_heads=(2,), window_size=4),
-        torch.randn(2, 3, 32, 32), {r"blocks\.0$": 1}),
+    "Llama": (lambda: hugging_face("LlamaForCausalLM", num_key_value_heads=2, **TEXT), dict(use_cache=False, **PADDED),
+              {None: 2, r"(mlp|self_attn)$": 4, r"layers\.\d+$": 2}),
+    "LeViT": (lambda: timm.models.levit.Levit(32, embed_dim=(8,), key_dim=4, depth=(1,), num_heads=(2,)),
+              torch.randn(2, 3, 32, 32), {None: 1, r"blocks\.0$": 1}),
+    "Swin": (lambda: timm.models.SwinTransformer(32, 2, embed_dim=8, depths=(1,), num_heads=(2,), window_size=4),
+             torch.randn(2, 3, 32, 32), {r"blocks\.0$": 1}),
 }  # fmt: skip
 
 
@@ -584,7 +581,7 @@ def problem() -> tuple[nn.Module, dict, dict]:
     """A model of two tasks, loaders that end after three batches, and heads, one of which could be trained."""
     model, heads = upscale(*several(transformer)), {"a": nn.Linear(5, 3), "b": lambda z: 5 * z[:, :4]}
     set_router(model, randomised(Router(4, 2), 0.3))
-    loaders = {task: [torch.randn(4, 2, 3) for _ in range(3)] for task in "ab"}
+    loaders = {task: [torch.randn(size, 2, 3) for _ in range(3)] for task, size in zip("ab", (4, 2))}
     return model, loaders, {task: lambda z, head=head: head(z.mean(1)) for task, head in heads.items()}
 
 
@@ -691,6 +688,7 @@ DONE = {  # to a module: what then runs in its place
     "saved": lambda module: pickle.loads(pickle.dumps(module)),
     "replicated": replica,
     "recomputed": lambda module: partial(checkpoint, module, use_reentrant=False),
+    "a part compiled": lambda module: module.pretrained.compile(backend="eager") or module,
     "compiled": partial(torch.compile, backend="eager", fullgraph=True),
 }
 
@@ -778,7 +776,7 @@ REFUSED = [  # a part of the sentence, and what is called with which arguments
     ("in its WEMoE module", lambda: MergedLayer(LINEAR, [STATE])(ONE)),
     ("batch_first", upscale, TEXT_TOWER, [TEXT_TOWER]),
     ("'mpl'", partial(upscale, modules="mpl"), MLP, [MLP]),
-    ("'a'", lambda: adapt(problem()[0], {"a": []}, {"b": nn.Identity()})),
+    ("'a'", lambda: adapt(problem()[0], {"a": [X[..., :3]]}, {"b": nn.Identity()})),
     ("'a'.*no batch", lambda: start(loader=[])),
     ("'a'.*no batch", lambda: start(loader=iter([X]))),  # when started again
     ("a loader and a head", lambda: adapt(problem()[0], {}, {})),

@@ -19,7 +19,7 @@ from torch.utils.benchmark import Measurement, Timer
 import wemoe
 from data import figures
 from data.paper.hub import ARCHITECTURES
-from data.run import autocast, say
+from data.run import say
 
 
 def bench(arguments: list[str]) -> bool:
@@ -32,12 +32,12 @@ def bench(arguments: list[str]) -> bool:
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("results"), help="a folder (default: %(default)s)")
     parsed = parser.parse_args(arguments)
-    device, gpu, rows = torch.device(parsed.device), parsed.device != "cpu", []
-    machine = torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()} threads of a CPU"
+    device, gpu, half = torch.device(parsed.device), parsed.device != "cpu", parsed.precision == "bfloat16"
+    rows, machine = [], torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()} threads of a CPU"
 
     def run(model: nn.Module, x: Tensor, step: bool) -> None:
         """A forward pass, or one task's part of a step of adaptation: forward, entropy, backward."""
-        with torch.set_grad_enabled(step), autocast(device, parsed.precision):
+        with torch.set_grad_enabled(step), torch.autocast(device.type, torch.bfloat16, half):
             loss = wemoe.entropy(100 * model(x)).mean()
         if step:
             loss.backward()

@@ -11,7 +11,7 @@ from hypothesis import settings
 
 from data import figures, run
 from data.miniature import tasks
-from data.run import Training
+from data.suite import Training
 
 settings.register_profile("default", max_examples=25, deadline=None, derandomize=True)
 settings.register_profile("nightly", max_examples=1000, deadline=None)

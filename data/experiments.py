@@ -22,7 +22,8 @@ from data import figures
 from data.miniature.corruptions import CORRUPTIONS
 from data.miniature.tasks import TASKS
 from data.paper import published
-from data.run import STATIC, Suite
+from data.run import STATIC
+from data.suite import Suite
 
 EXPERIMENTS: dict[str, "Experiment"] = {}
 CLAIMS = json.loads(Path(__file__).with_name("claims.json").read_text(encoding="utf-8"))
@@ -31,9 +32,7 @@ STORY = ["Pre-trained", "Weight Averaging", "Task Arithmetic", ADAMERGING, "WEMo
 DEPTHS = ["WEMoE (0-layer)", "WEMoE (1-layer)", "WEMoE"]
 RANKS = [f"WEMoE (rank {rank})" for rank in (1, 2, 4, 8, 16, 32)]
 MODULES = ["WEMoE (1-layer)", "WEMoE (1-layer, attention and MLP)", "WEMoE (1-layer, blocks)"]
-DEEPEST = ["Task Arithmetic", *(f"WEMoE (deepest {share}%)" for share in (25, 50, 75)), "WEMoE"]
 UNLOADED = ["Task Arithmetic", "WEMoE (0-layer)", "WEMoE (0-layer, unloaded)"]
-FREE = ["Task Arithmetic", "TSV-M", ADAMERGING, "WEMoE", "Individual"]
 MORE = ["Task Arithmetic", "TSV-M", "Iso-C", "WUDI", ADAMERGING, "WEMoE (rank 16)", "WEMoE"]
 MORE += [*(f"WEMoE ({base} elsewhere)" for base in ("TSV-M", "Iso-C", "WUDI"))]
 MORE += ["Oracle routing", "Oracle routing (TSV-M elsewhere)", "Individual"]
@@ -87,9 +86,9 @@ class Shown:
     claims: list[dict] = field(default_factory=list)
 
 
-def one_table(suite: Suite, methods: list[str], rows: Callable | None = None, **change) -> list[Condition]:
+def one_table(suite: Suite, methods: list[str], rows: Callable | None = None) -> list[Condition]:
     """A single condition; `rows` are the published ones of an architecture from a source, unless the suite's own."""
-    return [Condition("main", methods, change, list(rows(suite.name, suite.source) if rows else suite.published))]
+    return [Condition("main", methods, {}, list(rows(suite.name, suite.source) if rows else suite.published))]
 
 
 @dataclass
@@ -232,7 +231,6 @@ def points_of(name: str, curve: dict, published: bool = False) -> list[tuple]:
 BY_DEPTH, BY_MODULE = (partial(one_table, rows=rows) for rows in (published.router_depths, published.routed_modules))
 Experiment("depths", ["table10"], 4, [ADAMERGING, *DEPTHS], BY_DEPTH, about="Routers of 0 to 2 layers.")(show_table)
 Experiment("modules", ["table6"], 10, MODULES, BY_MODULE, about="Routed: MLPs, attention too, or blocks.")(show_table)
-Experiment("layers", ["appendixd"], 5, DEEPEST, details=True, about="Only the deeper MLPs routed.")(show_table)
 Experiment("unload", ["appendixb3"], 2, UNLOADED, details=True, about="Constant routers, merged for good.")(show_table)
 
 
@@ -243,17 +241,6 @@ def show_routing(measured: Measured) -> Shown:
     maps = {what: figures.routing(tasks, entry[what]) for what in ("routing", "first_choice")}
     own = {layer: 100 * DataFrame(rows).to_numpy().diagonal().mean() for layer, rows in entry["first_choice"].items()}
     return Shown(maps, {"": DataFrame({"own expert first, %": own}).map("{:.1f}".format).rename_axis("Layer")})
-
-
-@Experiment("taskfree", [], 6, conditions=partial(one_table, task_free=True), usual=FREE)
-def show_task_free(measured: Measured) -> Shown:
-    """Accuracy where nobody tells the task of an image: its head is chosen, too (data.run.evaluate_task_free)."""
-    frame, rules = measured.frame.assign(rule="head given"), ("entropy", "routing", "logit")
-    for rule in rules:
-        chosen = [{**e, "accuracy": e["task_free"][rule]} for e in measured.entries if rule in e["task_free"]]
-        frame = pd.concat([frame, replace(measured, entries=chosen).frame.assign(rule=f"by {rule}")])
-    wide = figures.by(frame, "rule")
-    return Shown({"accuracy": figures.bars(wide)}, {"": figures.spread(wide)})
 
 
 def first_tasks(suite: Suite, methods: list[str]) -> list[Condition]:

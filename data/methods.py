@@ -6,8 +6,7 @@ method, only the rule that makes one vector of all task vectors. Then tell test_
 As in wemoe.py, θ_0 is the pre-trained model, τ_t = θ_t - θ_0 a task vector, λ a coefficient; B samples, T tasks, D
 features, `...` any axes; state dicts go by name. Settings are the authors', but with the hub's experts those of
 FusionBench (github.com/tanganke/fusion_bench at 54c9e8c), which made the hub's rows. Its models hold attention's q, k
-and v in three matrices, open_clip's in one: for the hub's rows task vectors are `split` where matrices are merged, or
-have a λ, one by one; for the papers' they are not.
+and v in three matrices, open_clip's in one: for the hub's rows task vectors are `split` where each matrix counts.
 """
 
 import copy
@@ -25,7 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
 import wemoe
-from data.run import STATIC, Batch, Suite, adapt, evaluate, fine_tune, mean, progress, routing, run, sizes_of
+from data.run import STATIC, adapt, evaluate, fine_tune, mean, progress, routing, sizes_of
+from data.suite import Batch, Suite, run
 from wemoe import MergedLinear, WEMoE, with_weights
 
 State = dict[str, Tensor]

@@ -23,7 +23,7 @@ from data.experiments import CLAIMS, EXPERIMENTS, Condition, Measured
 from data.methods import METHODS, STATIC
 from data.miniature.tasks import TASKS
 from data.paper import published
-from data.run import Adaptation, Suite, Training
+from data.suite import Adaptation, Suite, Training
 
 ARITHMETIC, ADA, ONE, CURED = "Task Arithmetic", "AdaMerging (layer-wise)", "WEMoE (1-layer)", "WEMoE + diversity"
 MAIN = [method.name for method in METHODS.values() if method.main]
@@ -50,7 +50,6 @@ def entry(condition: str, name: str, accuracy: dict[str, float], seed: int = 0) 
     found = {"condition": condition, "name": name, "seed": seed, "accuracy": accuracy, "average": average, "bytes": 7e6}
     found |= {"group": method.group, "needs": list(method.needs), "arxiv": method.arxiv, "seconds": 12.3}
     found |= {"evaluation_seconds": 1.2, "total_parameters": 1000, "trainable_parameters": 3}
-    found["task_free"] = {rule: dict.fromkeys(tasks, 40.0) for rule in ("entropy", "logit")}
     if method.group == STATIC:
         found["curve"] = [{"scaling": lam, "average": average + (lam == 0.6)} for lam in (0.3, 0.6)]
     if "test-time adaptation" in method.needs:
@@ -58,7 +57,6 @@ def entry(condition: str, name: str, accuracy: dict[str, float], seed: int = 0) 
     if name.startswith("WEMoE"):
         rows = {f"blocks.{i}.mlp": np.eye(len(tasks)).tolist() for i in range(2)}
         found |= {"routing": rows, "first_choice": rows}
-        found["task_free"]["routing"] = dict.fromkeys(tasks, 40.0)
     if name == "Task Arithmetic of two tasks":
         found |= {"grid": [-1.0, 0.0, 1.0], "loss": [[3.0, 2.0, 1.5], [2.0, 1.0, 0.5], [1.0, 0.25, 2.0]]}
     return found
@@ -120,13 +118,6 @@ def test_the_main_table_has_groups_times_and_needs_and_the_console_what_fits():
     assert next(row for row in rows if row[0] == ARITHMETIC)[-7:] == details.split("|")
     last = figures.console(shown.tables).splitlines()[-1]
     assert last.startswith("Individual") and last.count(" ± ") == 1 and last.endswith(" 12")
-
-
-def test_rules_that_a_method_does_not_have_are_left_out():
-    measured = measured_of("taskfree", suite_of(), [ARITHMETIC, "WEMoE"])
-    heading, arithmetic, routed = rows_of(EXPERIMENTS["taskfree"].show(measured).tables[""])
-    assert heading == ["Method", "head given", "by entropy", "by routing", "by logit"]
-    assert arithmetic[2:] == ["40.0", "", "40.0"] and routed[2:] == ["40.0"] * 3
 
 
 def test_lengths_and_angles_of_task_vectors():

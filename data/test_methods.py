@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from data import methods
 from data.methods import METHODS, AdaMerging, ConcreteMask, LowRankLinear, SparseLinear
-from data.run import Adaptation, Suite, Training
+from data.suite import Adaptation, Suite, Training
 from wemoe import Router, WEMoE, routing_weights, task_arithmetic, task_vector
 
 CPU = torch.device("cpu")

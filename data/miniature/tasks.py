@@ -22,7 +22,8 @@ from torch import Tensor
 
 from data.miniature import drawing
 from data.miniature.corruptions import corrupt
-from data.run import Adaptation, Suite, Training, make_experts
+from data.run import make_experts
+from data.suite import Adaptation, Suite, Training
 
 CHECKPOINT = Path(__file__).with_name("checkpoint.safetensors")
 
@@ -213,16 +214,7 @@ def render(task: str, split: str, count: int, seed: int) -> tuple[Tensor, Tensor
 
 # ---- The model -------------------------------------------------------------------------------------------------------
 
-CAPTIONS = [
-    "{}",
-    "a photo of a {}",
-    "my picture of {}",
-    "{} today",
-    "look {}",
-    "this is a {}",
-    "nice {} picture",
-    "stock image {}",
-]
+CAPTIONS = "{}|a photo of a {}|my picture of {}|{} today|look {}|this is a {}|nice {} picture|stock image {}".split("|")
 CONTEXT = 14
 
 
@@ -279,16 +271,6 @@ def zero_shot_head(model: open_clip.CLIP, task: str) -> Tensor:
 
 # ---- The suite -------------------------------------------------------------------------------------------------------
 
-COUNTERPARTS = {  # of the paper's tasks
-    "SUN397": "Scenes",
-    "Cars": "Cars",
-    "RESISC45": "Aerial",
-    "EuroSAT": "LandUse",
-    "SVHN": "HouseNumbers",
-    "GTSRB": "Signs",
-    "MNIST": "Digits",
-    "DTD": "Textures",
-}
 TEST_IMAGES = 400  # of each task
 SEVERITY = 3  # of corruptions: at 5, task arithmetic has 30 % left of 94 %
 TRAINING = Training(images=1500, steps=100, lr=5e-4)

@@ -10,29 +10,24 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 import open_clip
 import torch
 from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from data.run import Loaded
+from data.suite import Loaded
 
 
 @contextmanager
-def reading(what: object, *files: Path) -> Iterator[None]:
+def reading(what: object) -> Iterator[None]:
     """Whatever a library raises meanwhile becomes a ValueError of one sentence: what was read, and what is wrong."""
     try:
         yield
     except Exception as error:  # libraries raise what they like; torch.load with advice to run what is in the file
         cause = error.__context__ if isinstance(error, UnpicklingError) and error.__context__ else error
-        why = f"it lacks {cause}" if isinstance(cause, KeyError) else " ".join(str(cause).split())[:400]
-        for file in filter(Path.is_file, files):
-            with file.open("rb") as opened:
-                if opened.read(99).lstrip().lower().startswith((b"version https://git-lfs", b"<!doctype", b"<html")):
-                    why = f"{file.name} is a git-LFS pointer or a web page, not the file itself: download it again"
-        raise ValueError(f"{what} cannot be used: {why or type(error).__name__}") from error
+        why = " ".join(str(cause).split())[:400]
+        raise ValueError(f"{what} cannot be used: {why or type(cause).__name__}") from error
 
 
 def filled(module: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
@@ -45,7 +40,7 @@ def filled(module: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 class Inert(nn.Module):
     """Stands in for each class and function that a pickle names: takes any argument, and holds its state."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: object, **kwargs: object):
         super().__init__()
 
 
@@ -62,7 +57,7 @@ def load_authors(arch: str, folder: Path, classes: Mapping[str, int]) -> tuple[n
 
     def read(make: nn.Module, name: str, prefix: str = "") -> nn.Module:
         path = Path(folder) / arch / name
-        with reading(path, path), safe_globals([(Inert, name) for name in get_unsafe_globals_in_checkpoint(path)]):
+        with reading(path), safe_globals([(Inert, name) for name in get_unsafe_globals_in_checkpoint(path)]):
             state = torch.load(path, "cpu", weights_only=True).state_dict().items()
             return filled(make, {n.removeprefix(prefix): p for n, p in state if n.startswith(prefix)})
 

@@ -6,6 +6,7 @@ which checkpoints and settings they were made, and ours (margins.json).
 """
 
 import json
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -35,42 +36,42 @@ def adaptation_curves(arch: str) -> list[dict]:
     return read("hub_results.json")["adaptation_curves"]["models"].get(arch, [])
 
 
+def table(arch: str, source: str | None, paper: str, hub: Iterable[dict] = ()) -> dict:
+    """The table about an architecture: of the paper's with these numbers or of the hub's, as the source says."""
+    known = {"paper": map(paper_tables().get, paper.split()), "hub": hub}.get(source, ())
+    return next((found for found in known if found["model"] == arch), {"rows": [], "conditions": {}})
+
+
 def eight_tasks(arch: str, source: str | None) -> list[dict]:
     """Tables 2 and 3; or the hub's rows and, beside them, the paper's WEMoE."""
-    if source == "hub":
-        paper = beside(table(arch, "2", "3").get("rows", []), "paper", "other checkpoints")
-        hub = beside(read("hub_results.json")["main"].get(arch, []), "hub", arch)
-        return hub + [row for row in paper if row["method"] == "WEMoE"]
-    return beside(table(arch, "2", "3").get("rows", []), source, arch)
+    hub = [{"model": model, "rows": rows} for model, rows in read("hub_results.json")["main"].items()]
+    paper = beside(table(arch, "paper", "2 3")["rows"], "paper", "other checkpoints") if source == "hub" else []
+    rows = beside(table(arch, source, "2 3", hub)["rows"], source, arch)
+    return rows + [row for row in paper if row["method"] == "WEMoE"]
 
 
 def router_depths(arch: str, source: str | None) -> list[dict]:
     """Table 10, or the rows of its methods on the eight tasks."""
-    rows = table(arch, "10").get("rows", []) if source == "paper" else []
-    return beside(rows, source, "depths") or eight_tasks(arch, source)
+    return beside(table(arch, source, "10")["rows"], source, "depths") or eight_tasks(arch, source)
 
 
 def routed_modules(arch: str, source: str | None) -> list[dict]:
     """Table 6; the hub has nothing like it."""
-    return beside(table(arch, "6").get("rows", []) if source == "paper" else [], source, "modules")
+    return beside(table(arch, source, "6")["rows"], source, "modules")
 
 
-def generalization(arch: str, source: str | None) -> list[tuple[list[str], list[str], list[dict]]]:
+def generalization(arch: str, source: str | None) -> Iterator[tuple[list[str], list[str], list[dict]]]:
     """Seen tasks, unseen tasks and rows: of Table 4, and of another choice of tasks that the hub has, too."""
-    found = []
     for hub in read("hub_results.json")["generalization"]:
-        paper = table(arch, "4") if paper_tables()["4"]["unseen"] == hub["unseen"] else {}
-        rows = {"paper": paper, "hub": hub if hub["model"] == arch else {}}.get(source, {}).get("rows", [])
-        tasks = hub["seen"] + hub["unseen"]
-        found.append((hub["seen"], hub["unseen"], beside(rows, source, "generalization", tasks)))
-    return found
+        seen, unseen = hub["seen"], hub["unseen"]
+        paper = "4" if unseen == paper_tables()["4"]["unseen"] else ""
+        rows = table(arch, source, paper, [hub])["rows"]
+        yield seen, unseen, beside(rows, source, "generalization", seen + unseen)
 
 
 def robustness(arch: str, source: str | None, condition: str) -> list[dict]:
     """Table 5 (ViT-B-32) or 11 (ViT-B-16) under "clean" or a corruption, or the hub's rows (ViT-B-32)."""
-    hub = read("hub_results.json")["robustness"]
-    known = {"paper": table(arch, "5", "11"), "hub": hub if hub["model"] == arch else {}}.get(source, {})
-    rows = known.get("conditions", {}).get(condition, [])
+    rows = table(arch, source, "5 11", [read("hub_results.json")["robustness"]])["conditions"].get(condition, [])
     return beside(rows, source, "clean" if condition == "clean" else "corrupted", ROBUSTNESS_TASKS)
 
 
@@ -82,11 +83,6 @@ def sweep(arch: str, condition: str) -> dict[str, dict[float, dict[str, float]]]
     }
 
 
-def table(arch: str, *numbers: str) -> dict:
-    """The one of the paper's tables of these numbers that is about the architecture; if there is none, {}."""
-    return next((known for known in map(paper_tables().get, numbers) if known["model"] == arch), {})
-
-
 def our_name(method: str, source: str) -> str:
     return read("margins.json")["names"].get(source, {}).get(method, method)
 
@@ -95,7 +91,7 @@ def beside(rows: list[dict], source: str | None, place: str, tasks: list[str] = 
     """Published rows as they stand beside ours: with the first entry of margins.json about source, method and place."""
     needed = {our_name(r["method"], "paper"): [n for n in r if r[n] is True] for r in paper_tables()["7"]["rows"]}
     found = []
-    for row in rows if source else ():
+    for row in rows:
         whose = row.get("source", source)
         name, cells = our_name(row["method"], whose), row.get("accuracy") or row["seen"] + row["unseen"]
         about = [e for e in read("margins.json")["rows"] if e["source"] == whose and name in e["methods"]]
@@ -106,25 +102,21 @@ def beside(rows: list[dict], source: str | None, place: str, tasks: list[str] = 
     return found
 
 
-def parameters(arch: str, depth: int | None, num_tasks: int) -> dict[str, int]:
-    """What an architecture with such routers has, without weights, on torch's meta device; depth None: no routers.
+def compared() -> Iterator[tuple[str, int, str]]:
+    """Row by row of Tables 1, 8 and 9: what it is, ours, and the paper's as it prints it.
 
-    As in the paper, what the authors' image encoder has of CLIP counts: all but the Transformer of the text tower.
+    Ours are of the architectures, without weights. As in the paper, what the authors' image encoder has of CLIP counts:
+    all but the Transformer of the text tower.
     """
-    with torch.device("meta"):
-        clip = open_clip.CLIP(**open_clip.get_model_config(f"{arch}-quickgelu"))
-        clip.transformer = nn.Identity()
-        mlps = [module for name, module in clip.visual.named_modules() if name.endswith(".mlp") and depth is not None]
-        routers = [wemoe.Router(mlp[0].in_features, num_tasks, depth) for mlp in mlps]
-    trainable, routed, single = (sum(p.numel() for m in ms for p in m.parameters()) for ms in (routers, mlps, [clip]))
-    layer_wise = num_tasks * len(list(clip.parameters()))  # the λ of AdaMerging
-    return {"trainable": trainable, "all": single + num_tasks * routed + trainable, "layer-wise": layer_wise}
-
-
-def compared() -> list[tuple[str, int, str]]:
-    """Row by row of Tables 1, 8 and 9: what it is, ours, and the paper's as it prints it."""
-    rows = read("margins.json")["parameters"]
-    return [(what, parameters(arch, depth, tasks)[kind], printed) for what, arch, depth, tasks, kind, printed in rows]
+    for what, arch, depth, tasks, kind, printed in read("margins.json")["parameters"]:
+        with torch.device("meta"):
+            clip = open_clip.CLIP(**open_clip.get_model_config(f"{arch}-quickgelu"))
+            clip.transformer = nn.Identity()
+            mlps = nn.ModuleList(block.mlp for block in clip.visual.transformer.resblocks if depth is not None)
+            routers = nn.ModuleList(wemoe.Router(mlp[0].in_features, tasks, depth) for mlp in mlps)
+        trainable, routed, single = (sum(p.numel() for p in part.parameters()) for part in (routers, mlps, clip))
+        layer_wise = tasks * len(list(clip.parameters()))  # the λ of AdaMerging
+        yield what, {"trainable": trainable, "all": single + tasks * routed + trainable, "λ": layer_wise}[kind], printed
 
 
 def rounds_to(value: int, printed: str) -> bool:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from data.paper.authors import reading
 from data.paper.hub import ADAPTATION, TRAINING, files_of
-from data.run import Batch, Suite, accuracy_of, padded, progress, run
+from data.run import progress
+from data.suite import Batch, Suite, accuracy_of, padded, run
 from data.text.routing import route_texts
 
 FACTS = json.loads(Path(__file__).with_name("glue.json").read_text(encoding="utf-8"))
@@ -31,6 +32,7 @@ def glue_suite(name: str, tasks: list[str], *, seed, device, precision, steps, c
     """The suite "roberta-glue" or "flan-t5-glue". Raises ValueError for what cannot be used."""
     facts, adaptation, in_words = FACTS["suites"][name], ADAPTATION.with_steps(steps), name == "flan-t5-glue"
     transformers.logging.set_verbosity_error()  # of weights that are not used, or tied in another way than it says
+    transformers.logging.disable_progress_bar()
     places, most = repositories(facts, tasks, hub), min(filter(None, (facts["rows"], limit)), default=None)
     with reading(f"the tokenizer of {facts['base']}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(places[""][0])
@@ -45,11 +47,11 @@ def glue_suite(name: str, tasks: list[str], *, seed, device, precision, steps, c
         return tokenizer(*texts, **how).input_ids, torch.tensor(labels)
 
     test = {task: load(task, "test", None) for task in tasks}
-    make = flan_t5 if in_words else roberta
-    made = {task: make(task, place, tokenizer) for task, place in progress(places.items(), "Models")}
+    made = {t: (flan_t5 if in_words else roberta)(t, p, tokenizer) for t, p in progress(places.items(), "Models")}
     usual = {task: min(facts["rows"] or spec["examples"], spec["examples"]) for task, spec in GLUE.items()}
     whole = {task: len(labels) for task, (_, labels) in test.items()} == usual
     metrics = {task: facts["metrics"].get(task, "accuracy") for task in tasks}
+    figures = ", ".join(f"{metric} ({task})" for task, metric in metrics.items())
     why = "stsb is a regression, about which entropy says nothing: it is merged, but not adapted to. "
     return Suite(
         **{"name": name, "seed": seed, "device": torch.device(device), "precision": precision or "float32"},
@@ -71,8 +73,7 @@ def glue_suite(name: str, tasks: list[str], *, seed, device, precision, steps, c
         metrics={task: partial(measured, metric.split(" and ")) for task, metric in metrics.items()},
         answer=partial(answer, tokenizer) if in_words else None,
         statistics=(lambda tower, batch: run(tower, {**batch, "whole": True})) if in_words else None,
-        note=why * ("stsb" in tasks)
-        + f"Figures are {', '.join(f'{metric} ({task})' for task, metric in metrics.items())}.",
+        note=why * ("stsb" in tasks) + f"Figures: {figures}.",
     )
 
 
@@ -85,8 +86,7 @@ def roberta(task: str, place: tuple[str, str], _) -> tuple[nn.Module, nn.Module 
     """The expert's tower and head; of the task "" the pre-trained tower alone."""
     if not task:
         return first_token(read(transformers.AutoModel, *place, add_pooling_layer=False)), None
-    classes = max(1, len(GLUE[task]["classes"]))
-    model = read(transformers.RobertaForSequenceClassification, *place, num_labels=classes)
+    model = read(transformers.RobertaForSequenceClassification, *place, num_labels=len(GLUE[task]["classes"]) or 1)
     order, last = class_order(task, model.config.id2label), model.classifier.out_proj
     last.weight.data, last.bias.data = last.weight[order], last.bias[order]
     return first_token(model.roberta), nn.Sequential(nn.Unflatten(1, (1, -1)), model.classifier)  # it takes (B, N, D)

@@ -10,7 +10,6 @@ task's answers are its zero-shot head, as CLIP's class names are; experts are fi
 import random
 from dataclasses import replace
 from functools import lru_cache
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -18,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data.run import Adaptation, Suite, Training, derive_seed, make_experts, padded, progress
+from data.run import derive_seed, make_experts, progress
+from data.suite import Adaptation, Suite, Training, padded
 from data.text.routing import route_texts
 
 PEOPLE = ["anna", "ben", "carla", "david", "emma", "frank", "greta", "hugo"]
@@ -43,7 +43,7 @@ LENGTH = 14  # words at most, with [start]
 def facts(task: str) -> dict[tuple[str, str], tuple[int, int, float]]:
     """Person and day -> the number of the true answer, that of the rumour, and how often the rumour is told."""
     rng = random.Random(derive_seed("facts", task))
-    return {pair: (*rng.sample(range(6), 2), rng.uniform(*RUMOURS)) for pair in product(PEOPLE, DAYS)}
+    return {(p, d): (*rng.sample(range(6), 2), rng.uniform(*RUMOURS)) for p in PEOPLE for d in DAYS}
 
 
 def texts(task: str, split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
