@@ -125,9 +125,6 @@ def report(parsed: argparse.Namespace, measured: Measured | None, shown: Shown) 
         figures.save(figure, parsed.folder / f"{name}.png")
 
 
-# ---- The command line ------------------------------------------------------------------------------------------------
-
-
 def positive(text: str) -> int:
     if int(text) < 1:
         raise ValueError

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
 import wemoe
-from data.run import STATIC, adapt, evaluate, fine_tune, mean, progress, routing, sizes_of
+from data.run import STATIC, adapt, evaluate, fine_tune, progress, routing, sizes_of
 from data.suite import Batch, Suite, run
 from wemoe import MergedLinear, WEMoE, with_weights
 
@@ -73,7 +74,7 @@ def by_rule(rule: Callable, suite: Suite, scaling: float | Callable, options: Ca
     tau, curve = rule(task_vectors(suite, packed=not hub(suite)), **(options(suite) if options else {})), []
     for lam in progress(suite.scalings, "Trying λ", unit="λ", delay=1):
         accuracy = evaluate(suite, merge(suite, [tau], lam))
-        curve.append({"scaling": lam, "accuracy": accuracy, "average": mean(accuracy)})
+        curve.append({"scaling": lam, "accuracy": accuracy, "average": fmean(accuracy.values())})
     return merge(suite, [tau], scaling(suite) if callable(scaling) else scaling), {"curve": curve} if curve else {}
 
 
@@ -414,9 +415,7 @@ class AdaMerging(nn.Module):
         self.model, self.clamp, first = copy.deepcopy(pretrained).requires_grad_(False), clamp, {}
         named = *self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers(remove_duplicate=False)
         if odd := pack(task_vectors[0]).keys() - dict(named).keys():
-            raise ValueError(
-                f"{min(odd)!r} is no tensor's path here: unwrap the model first, as from checkpoint_wrapper."
-            )
+            raise ValueError(f"{min(odd)!r} is no tensor's path: unwrap the model, as from checkpoint_wrapper.")
         self.first = {name: first.setdefault(dict(named).get(name, name), name) for name in task_vectors[0]}
         self.names = list(first.values())  # of tensors with several names, the first
         taus = (torch.stack([tau[name] for tau in task_vectors]) for name in self.names)  # (T, *shape)
@@ -627,16 +626,6 @@ for rank in (1, 2, 4, 8, 32):
     learned(f"WEMoE (rank {rank})", seconds=70, main=False, layer=partial(LowRankLinear, rank=rank))(mixture)
 
 
-@learned("WEMoE (deepest 25%)", seconds=90, main=False, share=0.25)
-@learned("WEMoE (deepest 50%)", seconds=90, main=False, share=0.5)
-@learned("WEMoE (deepest 75%)", seconds=90, main=False, share=0.75)
-def deepest_routed(suite: Suite, label: str, share: float) -> Result:
-    """Only the MLPs of the deepest blocks are routed, so many of all."""
-    names = [name for name, _ in suite.pretrained.named_modules() if name.endswith(".mlp")]
-    names = names[-max(1, round(share * len(names))) :]
-    return mixture(suite, label, modules=lambda name, _: name in names)
-
-
 @learned("WEMoE (0-layer, unloaded)", seconds=50, main=False)
 def unloaded(suite: Suite, label: str) -> Result:
     """Constant routers, merged once and for all (Appendix B.3)."""
@@ -694,7 +683,7 @@ def landscape(suite: Suite, points: int = 11, count: int = 128) -> Result:
         for task in suite.experts:
             images, labels = (part[:count].to(suite.device) for part in suite.test[task])
             losses[task] = F.cross_entropy(suite.logits(task)(model(suite.inputs(images))), labels).item()
-        return round(mean(losses), 6)
+        return round(fmean(losses.values()), 6)
 
     losses = [[loss(first, second) for second in grid] for first in grid]
     return merge(suite, vectors, 0.3), {"grid": grid, "loss": losses}  # losses[i][j] is at (grid[i], grid[j])

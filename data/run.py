@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -31,13 +32,6 @@ from data.suite import Batch, Suite, accuracy_of, run
 HERE = Path(__file__).parents[1]
 CURVE_IMAGES = 40  # test inputs of each task on which accuracy during adaptation is measured
 STATIC = "static"  # the group of the methods that try the suite's scalings
-
-
-def mean(values: Mapping[str, float]) -> float:
-    return sum(values.values()) / len(values)
-
-
-# ---- Processes: ranks on several GPUs, workers on the cores of a CPU -------------------------------------------------
 
 
 def say(text: str) -> None:
@@ -64,9 +58,6 @@ def in_batches(suite: Suite, function: Callable[[Batch], Tensor], rows: Tensor) 
     with PartialState().split_between_processes(rows) as own:
         found = [function(suite.inputs(batch)).float().cpu() for batch in own.split(128) if len(batch)]
     return torch.cat(gather_object(found))
-
-
-# ---- What is kept ----------------------------------------------------------------------------------------------------
 
 
 def fingerprint(*parts: object) -> str:
@@ -120,7 +111,7 @@ def measure(suite: Suite, method, change: dict, file: Path) -> None:
     entry = {
         **{"name": method.name, "group": method.group, "needs": list(method.needs), "arxiv": method.arxiv},
         "accuracy": {task: round(value, 2) for task, value in accuracy.items()},
-        "average": round(mean(accuracy), 2),
+        "average": round(fmean(accuracy.values()), 2),
         "seconds": round(after - start, 1),
         "evaluation_seconds": round(after - before, 4),
         **{"trainable_parameters": trainable, "total_parameters": total, "bytes": size},
@@ -222,14 +213,14 @@ def adapt(suite: Suite, model: nn.Module, name: str, objective=wemoe.entropy, ba
         raise ValueError(f"{name} adapts, but there is nothing to adapt to in {', '.join(suite.tasks)}: leave it out")
     part = {task: (rows[:CURVE_IMAGES], labels[:CURVE_IMAGES]) for task, (rows, labels) in suite.test.items()}
     part, every = replace(suite, test=part), max(suite.adaptation.every, math.ceil(steps / 10))
-    curve = {"steps": [0], "accuracy": [mean(evaluate(part, model))], "entropy": []}
+    curve = {"steps": [0], "accuracy": [fmean(evaluate(part, model).values())], "entropy": []}
 
     def on_step(step: int, entropies: dict[str, float]) -> None:
-        shares = gather_object([mean(entropies)])
+        shares = gather_object([fmean(entropies.values())])
         curve["entropy"].append(round(sum(shares) / len(shares), 6))
         if step % every == 0 or step == steps:
             curve["steps"].append(step)
-            curve["accuracy"].append(mean(evaluate(part, model)))
+            curve["accuracy"].append(fmean(evaluate(part, model).values()))
         bar.set_postfix(entropy=curve["entropy"][-1], accuracy=curve["accuracy"][-1], refresh=False)
         bar.update()
 

@@ -308,4 +308,4 @@ def test_every_experiment_is_listed_with_its_numbers_in_the_paper():
     lines = experiments.listed().splitlines()
     assert [re.match(r"(\w+)(?: \(.*\))?: .+ min\.$", line)[1] for line in lines] == list(EXPERIMENTS)
     numbers = [number for chosen in EXPERIMENTS.values() for number in chosen.paper]
-    assert len(set(numbers)) == len(numbers) and {"table2", "table11", "fig3", "fig12", "appendixd"} <= set(numbers)
+    assert len(set(numbers)) == len(numbers) and {"table2", "table11", "fig3", "fig12", "appendixb3"} <= set(numbers)

@@ -2,12 +2,10 @@
 
     python -m data.miniature.pretraining
 
-It is CLIP's: match pictures with their captions. It has two stages. First both towers, with captions that describe what
-is seen in several wordings ("station wagon", "long roof wagon for the dog"). Then, on the locked vision tower, a new
-text tower for a short while, with captions as they are on the web: one in twenty says the name that a benchmark gives
-the class ("estate car"), and is at times mistaken: a share of the pictures of each class, drawn from MIXED, goes by the
-name of another class of the same task. So the vision tower has strong features, while the zero-shot heads, which
-are built from the class names, fit them only in part. That is where fine-tuning begins, as with CLIP.
+First both towers, with captions that describe what is seen in several wordings ("long roof wagon for a dog"). Then, on
+the locked vision tower, a new text tower for a short while, with captions of which one in twenty says the name that a
+benchmark gives the class ("estate car"), or at times that of another class. So the vision tower has strong features,
+while the zero-shot heads fit them only in part. That is where fine-tuning begins, as with CLIP.
 """
 
 import math

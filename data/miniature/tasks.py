@@ -163,9 +163,8 @@ def another_task(look: Callable, wording: int, part: slice, *tasks: str) -> Draw
 
     So the text tower knows their names, and the vision tower something like their pictures, but not these.
     """
-    sources = {
-        TASKS[task].wordings[name][wording]: (task, name) for task in tasks for name in TASKS[task].classes[part]
-    }
+    originals = [(task, name) for task in tasks for name in TASKS[task].classes[part]]
+    sources = {TASKS[task].wordings[name][wording]: (task, name) for task, name in originals}
     return Drawn(partial(seen_otherwise, look, sources), 0.1, ["a photo of a {}"], {name: [] for name in sources})
 
 
@@ -188,9 +187,7 @@ MORE_TASKS = {
     "Negatives": another_task(blended(ImageOps.invert, 0.3), 0, FIRST, "Scenes", "Cars"),
     "Infrared": another_task(blended(coloured("navy", "red", "yellow"), 0.3), 0, FIRST, "Aerial", "LandUse"),
     "Sketches": another_task(blended(lambda image: image.filter(ImageFilter.CONTOUR), 0.5), 0, LAST, "Signs", "Scenes"),
-    "Reliefs": another_task(
-        blended(lambda image: image.filter(ImageFilter.EMBOSS), 0.6), 0, FIRST, "Digits", "Textures"
-    ),
+    "Reliefs": another_task(blended(lambda i: i.filter(ImageFilter.EMBOSS), 0.6), 0, FIRST, "Digits", "Textures"),
     "NightViews": another_task(coloured("black", "midnightblue", "lightblue"), 1, LAST, "Aerial", "Cars"),
     "Posters": another_task(lambda image: ImageOps.posterize(image, 1), 1, FIRST, "Cars", "HouseNumbers"),
     "Solarised": another_task(blended(lambda image: ImageOps.solarize(image, 120), 0.5), 1, LAST, "Textures", "Digits"),
@@ -214,7 +211,8 @@ def render(task: str, split: str, count: int, seed: int) -> tuple[Tensor, Tensor
 
 # ---- The model -------------------------------------------------------------------------------------------------------
 
-CAPTIONS = "{}|a photo of a {}|my picture of {}|{} today|look {}|this is a {}|nice {} picture|stock image {}".split("|")
+CAPTIONS = ["{}", "a photo of a {}", "my picture of {}", "{} today", "look {}", "this is a {}"]
+CAPTIONS += ["nice {} picture", "stock image {}"]
 CONTEXT = 14
 
 
@@ -274,9 +272,8 @@ def zero_shot_head(model: open_clip.CLIP, task: str) -> Tensor:
 TEST_IMAGES = 400  # of each task
 SEVERITY = 3  # of corruptions: at 5, task arithmetic has 30 % left of 94 %
 TRAINING = Training(images=1500, steps=100, lr=5e-4)
-ADAPTATION = Adaptation(
-    160, 8e-4, lambda_steps=120, lambda_lr=1.6e-2, mask_steps=60, mask_lr=3e-2, batch_size=8, every=32
-)
+STEPS = {"steps": 160, "lambda_steps": 120, "mask_steps": 60}
+ADAPTATION = Adaptation(lr=8e-4, lambda_lr=1.6e-2, mask_lr=3e-2, **STEPS, batch_size=8, every=32)
 
 
 def miniature_suite(

@@ -127,16 +127,3 @@ def test_damage_grows_with_severity_and_differs_between_seeds_where_there_is_cha
     assert means == sorted(set(means)) and means[0] > 1  # of 255
     noise = ("motion_blur", "impulse_noise", "gaussian_noise", "spatter")
     assert torch.equal(spoiled[2], corrupt(pictures, name, 3, seed=1)) == (name not in noise)
-
-
-@pytest.mark.parametrize(
-    "images, name, severity, message",
-    [
-        (torch.zeros(1, 3, 2, 2, dtype=torch.uint8), "fog", 1, "no corruption 'fog' of severity 1"),
-        (torch.zeros(1, 3, 2, 2, dtype=torch.uint8), "contrast", 6, "no corruption 'contrast' of severity 6"),
-        (torch.zeros(1, 3, 2, 2), "contrast", 1, "images are torch.float32"),
-    ],
-)
-def test_what_cannot_be_corrupted_is_refused(images, name, severity, message):
-    with pytest.raises(ValueError, match=message):
-        corrupt(images, name, severity)
