@@ -143,7 +143,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--experiment", default="main", metavar="NAME", help=f"{', '.join(EXPERIMENTS)}, or list (default: main)")
     add("--tasks", nargs="+", metavar="TASK", help="only these, where the experiment allows it (default: all eight)")
     add("--methods", nargs="+", metavar="NAME", help=f"all, or {', '.join(MAIN)} (in miniature, the six of the story)")
-    add("--steps", type=positive, help="adaptation steps of routers (default: 160 in the miniature, 1000 in the paper)")
+    add("--steps", type=positive, help="adaptation steps of routers (default: 80 in the miniature, 1000 in the paper)")
     add("--seed", type=int, default=0, help="of fine-tuning and adaptation (default: %(default)s)")
     add("--seeds", type=positive, help="how many, from --seed on: mean ± deviation (default: 1; 5 in collapse)")
     add("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")

@@ -261,8 +261,8 @@ def test_one_hot_zero_and_constant_routers_give_what_they_should(kind, tasks, ba
 
 
 def test_a_constant_router_merges_once_for_all_samples():
-    ran, make = [], lambda: Made(lambda self, x: ran.append(1) or x * self.w, w=nn.Parameter(torch.ones(4)))
-    WEMoE(make(), [make(), make()], Router(4, 2, 0))(X)
+    ran, layer = [], Made(lambda self, x: ran.append(1) or x * self.w, w=nn.Parameter(torch.ones(4)))
+    WEMoE(layer, [layer] * 2, Router(4, 2, 0))(X)
     assert len(ran) == 1
 
 
@@ -272,13 +272,13 @@ def tied() -> Made:
     return module
 
 
-weight_norm = nn.utils.parametrizations.weight_norm
 LAYERS = {  # of every kind: those that hold weights by themselves, and those whose weights are computed
     "tied": tied,
     "batch norm": lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(5).eval()),
     "convolution": lambda: nn.Sequential(nn.Conv1d(5, 4, 3), nn.GroupNorm(2, 4), nn.Conv1d(4, 2, 1)),
     "activation": lambda: nn.Sequential(nn.Linear(4, 4), nn.PReLU(), nn.RMSNorm(4)),
-    "parametrised": lambda: nn.Sequential(weight_norm(nn.Linear(4, 4))),
+    "one row for all samples": lambda: Made(lambda self, x: x + self.fc(torch.ones(1, 5, 4)), fc=nn.Linear(4, 4)),
+    "parametrised": lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))),
     "both": lambda: Made(lambda self, x: self.fc(x) * self.w, fc=nn.Linear(4, 4), w=nn.Parameter(torch.ones(4))),
     **{kind: partial(make, 4) for kind, make in MLPS.items()},
 }
@@ -306,8 +306,8 @@ def test_layers_of_every_kind_are_merged_before_anything_is_computed_from_them(k
 
 def test_tiles_of_rows_and_samples_cover_everything():
     pretrained, *finetuned = (nn.Linear(100_000, 2).double() for _ in range(2))  # far more than a tile holds
-    module, x = WEMoE(pretrained, finetuned, Fixed(torch.rand(17, 1).double())), torch.randn(17, 1, 100_000).double()
-    x.requires_grad_()
+    module = WEMoE(pretrained, finetuned, Fixed(torch.rand(17, 1).double()))
+    x = torch.randn(17, 1, 100_000, dtype=torch.float64, requires_grad=True)
     y, expected = module(x), literal(pretrained, finetuned, module.router(x), x)
     close([y, *gradients(y, x, module)], [expected, *gradients(expected, x, module)])
 
@@ -399,6 +399,7 @@ def test_bfloat16_autocast_gives_the_type_of_a_dense_module_and_nearly_the_same(
     with torch.autocast("cpu", torch.bfloat16):
         y, dense = module(x), finetuned[0](x)
         same([part.weights(torch.tensor([0.3, 0.1])) for part in parts], weights)  # merged in their own precision
+        assert copy.deepcopy(module).double()(x.double()).dtype == torch.float64
     assert y.dtype == dense.dtype
     close(y.float(), module(x), 0.1, rtol=0.05)
     ours, theirs = (torch.autograd.grad(out.float().square().mean(), module.router.lam)[0] for out in (y, module(x)))
@@ -445,7 +446,7 @@ def test_upscaled_models_start_from_task_arithmetic_and_everything_else_stays_th
     for module in routed(model).values():
         close(list(module.router.parameters())[-1].detach(), torch.tensor(lam).expand(tasks))
     if depth == 0:
-        close(model(X[..., :3]), functional_call(pretrained, merged, (X[..., :3],)), 1e-4)
+        close(model(X[..., :3]), functional_call(pretrained, merged, (X[..., :3],)), 1e-3, 1e-3)
         close(wemoe.unload(model).state_dict(), merged)
     same([m.state_dict() for m in (pretrained, *finetuned)], before)
 
@@ -549,7 +550,8 @@ def test_what_upscaling_would_get_wrong_is_found(what):
 def test_another_function_and_a_variance_below_zero_are_found():
     models = [parent(lambda self, x, act=act: act(self.mlp(x))) for act in (F.relu, F.relu, F.gelu)]
     pretrained, finetuned = models[0], models[1:]
-    wemoe.verify(pretrained, finetuned[:1], X)
+    wemoe.verify(pretrained, [finetuned[0], models[2].state_dict()], X)
+    assert finetuned[0].training
     with pytest.raises(AssertionError, match="model 1 alone"):
         wemoe.verify(pretrained, finetuned, X)
     norms = [parent(lambda self, x: self.norm(self.mlp(x)), id, nn.BatchNorm1d(5)) for _ in range(9)]
@@ -588,7 +590,7 @@ def problem() -> tuple[nn.Module, dict, dict]:
 FORMS = {  # of a batch, and whether the rate is annealed, and the objective
     "inputs": (lambda x: x, True, entropy),
     "with labels": (lambda x: (x, torch.zeros(4)), True, lambda z: entropy(z).mean()),
-    "by name": (lambda x: {"input": x}, False, lambda z: z.square().mean()),
+    "by name": (lambda x: transformers.BatchEncoding({"input": x}), False, lambda z: z.square().mean()),
     "by name, with labels": (lambda x: [{"input": x}, "labels"], False, lambda z: z.square().mean(1)),
 }
 
@@ -759,21 +761,21 @@ REFUSED = [  # a part of the sentence, and what is called with which arguments
     ("'state_dict'", task_vector, *[{"epoch": 3, "state_dict": STATE}] * 2),
     ("'module.w'.*prefix", task_vector, {"module.w": ONE}, {"w": ONE}),
     ("'q'.*int8", task_vector, {"w": ONE, "q": (0 * ONE).to(torch.int8)}, {"w": ONE, "q": ONE.to(torch.int8)}),
+    ("state dicts are needed", task_vector, "a.pt", "b.pt"),
     ("lora", task_vector, *[{"q.lora_A.weight": torch.ones(1, 4), "q.lora_B.weight": torch.ones(4, 1)}] * 2),
     ("'w'.*finite", lambda: task_arithmetic(BIG, [task_vector(BIG, {"w": -BIG["w"]})])),
     ("'w'.*finite", task_arithmetic, BIG, [BIG], 1.0),
-    ("'weight'.*finite", task_arithmetic, LINEAR, [STATE], math.nan),
+    ("'w'.*finite", lambda: task_arithmetic({"w": ONE / 0}, [task_vector({"w": ONE / 0}, {"w": ONE})])),
     ("λ", task_arithmetic, LINEAR, [STATE], [0.1, 0.2]),
     ("λ", task_arithmetic, LINEAR, [STATE] * 3, [0.1, 0.2]),
-    ("'more'", task_arithmetic, LINEAR, [STATE | {"more": ONE}]),
     ("depth=3", Router, 4, 2, 3),
-    ("num_tasks=0", Router, 4, 0),
     ("init_lambda=", Router, 4, 2, 0, [0.1, 0.2, 0.3]),
     (r"\(B, N, D\).*\(2, 5, 3\)", Router(4, 2), torch.ones(2, 5, 3)),
     (r"\(B, N, D\).*\(2, 4\)", Router(4, 2), torch.ones(2, 4)),  # a row for each token, it may be
     ("num_tasks=0", partial(upscale, modules="0"), MLP, []),
     (r"\(1, 3\)", lambda: WEMoE(LINEAR4, [LINEAR4], Fixed(torch.ones(3)))(X[:1])),
     ("in its WEMoE module", lambda: MergedLayer(LINEAR, [STATE])(ONE)),
+    ("use_cache", lambda: WEMoE(LINEAR4, [LINEAR4] * 2, Fixed(LAM), layer=MergedLayer)(X, object())),
     ("batch_first", upscale, TEXT_TOWER, [TEXT_TOWER]),
     ("'mpl'", partial(upscale, modules="mpl"), MLP, [MLP]),
     ("'a'", lambda: adapt(problem()[0], {"a": [X[..., :3]]}, {"b": nn.Identity()})),

@@ -99,23 +99,20 @@ class Router(nn.Module):
         if self.depth == 0:
             return self.bias.expand(len(h), -1)
         if h.dim() < 3 or h.shape[-1] != self.hidden_size:
-            raise ValueError(
-                f"A router of hidden size {self.hidden_size} takes samples (B, N, D), not {tuple(h.shape)}."
-            )
+            raise ValueError(f"A router of size {self.hidden_size} takes samples (B, N, D), not {tuple(h.shape)}.")
         with torch.autocast(h.device.type, enabled=False):
             tokens = h.flatten(1, -2).to(self.layers[-1].weight.dtype)  # (B, N, D)
             return self.layers[-1](self.layers[:-1](tokens).mean(1))  # at depth 1, layers[:-1] is empty
 
 
 def with_weights(module: nn.Module, weights: Mapping[str, Tensor], path: str = "") -> nn.Module:
-    """A shallow copy of a module and its parts, for one pass, in which tensors are replaced by name.
+    """A copy of a module and its parts that shares all tensors but `weights`, which take the place of those named so.
 
-    Unlike functional_call's, weights stay in it, where a checkpoint finds them in the backward pass. Buffers get no
-    gradient, as batch norm asks.
+    It stays as it is when a checkpoint recomputes in the backward pass. Buffers get no gradient, as batch norm asks.
     """
     used = object.__new__(type(module))  # what is set on it, λ or a cache, is not set on the module
     used.__dict__.update(module.__dict__, _compiled_call_impl=None)  # what was compiled is the original
-    used.__dict__.update({n: weights[path + n] for n in module.__dict__ if path + n in weights})  # in DataParallel
+    used.__dict__.update({n: weights[path + n] for n in module.__dict__ if path + n in weights})  # DataParallel's
     used._parameters = {n: weights.get(path + n, p) for n, p in module._parameters.items()}
     used._buffers = {n: b if b is None else weights.get(path + n, b).detach() for n, b in module._buffers.items()}
     parts = module._modules.items()
@@ -124,7 +121,7 @@ def with_weights(module: nn.Module, weights: Mapping[str, Tensor], path: str = "
 
 
 class _EachItsOwn(Tensor):
-    """A weight that is asked of a merged layer; as a subclass, it keeps torch from fast paths that would read it."""
+    """A weight read from outside; being a subclass, it turns off the fast path of nn.TransformerEncoderLayer."""
 
 
 def _asked_of_pretrained(self: nn.Module, name: str):
@@ -172,7 +169,7 @@ class MergedLayer(nn.Module):
         if len(self.lam) == 1:  # one sample, or one λ for all
             return self.for_all(self.lam[0], *args, **kwargs)
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()]
-        if not any(len(x) in (1, len(self.lam)) for x in tensors):  # windows folded into the batch, or no pass at all
+        if len(self.lam) == 0 or not any(len(x) in (1, len(self.lam)) for x in tensors):  # or windows in the batch
             raise ValueError(f"λ is of {len(self.lam)} samples, not of these: a merged layer runs in its WEMoE module.")
         return self.for_each(self.lam, *args, **kwargs)
 
@@ -195,7 +192,7 @@ class WEMoE(nn.Module):
         h (B, N, D) ──► router ──► λ (B, T) ──► every layer: θ_0 + Σ_t λ_bt τ_t, weights for each sample
              └───────────────────────────────────► the module, made of these layers ──► its output
 
-    `pretrained` is any module whose first parameter is a tensor (B, ..., D), `finetuned` are T modules of the same
+    `pretrained` is any module whose forward takes a tensor (B, ..., D) first, `finetuned` are T modules of the same
     structure or their state dicts, and `router` maps that input to λ (B, T), or (1, T) for all samples; where it has a
     `depth` of 0, λ is constant. Only the router is trainable. Attributes: `router`, and `pretrained`, now the module
     in which each nn.Linear is a `layer`, by default a MergedLinear, and any other part with weights of its own a
@@ -224,7 +221,7 @@ class WEMoE(nn.Module):
         lam = self.routing(self.router(h))  # (B, T), or (1, T) for all samples
         if lam.shape not in ((len(h), self.num_tasks), (1, self.num_tasks)):
             raise ValueError(f"λ is {tuple(lam.shape)} for an input {tuple(h.shape)} and {self.num_tasks} tasks.")
-        used = with_weights(self.pretrained, {})
+        used = with_weights(self.pretrained, {})  # a copy: λ belongs to this pass, its threads and recomputations
         for part in used.modules():
             if isinstance(part, MergedLayer):
                 part.lam = lam[:1] if getattr(self.router, "depth", None) == 0 else lam  # equal rows: merge once
@@ -256,17 +253,17 @@ def upscale(
     states = list(_states(finetuned))
     wanted = modules if callable(modules) else lambda name, _: re.search(modules, name)
 
-    def routed(_, prefix: str) -> WEMoE | None:  # made of the pre-trained part; that of `upscaled` is merged already
+    def routed(_, prefix: str) -> WEMoE | None:  # made of θ_0: the part in `upscaled` is merged already
         name = prefix[:-1]
-        module, around = pretrained.get_submodule(name), pretrained.get_submodule(name.rpartition(".")[0])
+        module, parent = pretrained.get_submodule(name), pretrained.get_submodule(name.rpartition(".")[0])
         weight = next(filter(_is_weight, module.state_dict().values()), None)
         if weight is None or not wanted(name, module):
             return None
-        if any(isinstance(part, nn.MultiheadAttention) and not part.batch_first for part in around.modules()):
+        if any(isinstance(part, nn.MultiheadAttention) and not part.batch_first for part in parent.modules()):
             raise ValueError(f"Attention in or beside {name!r} has batch_first=False: λ would mix samples.")
         parts = [{k.removeprefix(prefix): p for k, p in state.items() if k.startswith(prefix)} for state in states]
-        sizes = (getattr(part, "in_features", getattr(part, "nx", 0)) for part in module.modules())  # nx: GPT-2's
-        router = Router(next(filter(None, sizes), weight.shape[-1]), len(states), router_depth, init_lambda)
+        in_sizes = (getattr(part, "in_features", getattr(part, "nx", 0)) for part in module.modules())  # nx: GPT-2's
+        router = Router(next(filter(None, in_sizes), (0, *weight.shape)[-1]), len(states), router_depth, init_lambda)
         router.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
         return WEMoE(module, parts, router, layer=layer)
 
@@ -322,7 +319,7 @@ def adapt(
         raise ValueError(f"Each task needs a loader and a head: got {sorted(loaders)} and {sorted(heads)}.")
     adam = torch.optim.Adam(trainable, lr)
     cosine = torch.optim.lr_scheduler.LambdaLR(adam, lambda k: (1 + math.cos(math.pi * k / steps)) / 2 if anneal else 1)
-    # Each loader is started again when it is exhausted, at most once a step.
+    # Not cycle(), which keeps all batches: a loader is started again when it is exhausted, at most once a step.
     batches = {task: itertools.chain.from_iterable(itertools.repeat(loaders[task], steps)) for task in loaders}
     history = []
     with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
@@ -355,7 +352,7 @@ def adapt(
 
 
 # ======================================================================================================================
-# The method ends here; the rest can be left unread: looking at λ, unloading, verifying, what is asked of models, speed.
+# The method ends here. Below: looking at λ, unloading, verifying; helpers of the method that do what they say; speed.
 
 
 @contextmanager
@@ -400,15 +397,14 @@ def verify(pretrained: nn.Module, finetuned: Models, batch, **options) -> None:
     """Prove on a batch of two samples or more that `upscale(pretrained, finetuned, **options)` is what it claims to be.
 
     (1) With λ one-hot, it is fine-tuned model t, for each t. (2) With random routers, each of them ran and gave one row
-    of λ for each sample, and the outputs of a sample alone are, finite, its outputs in the batch, which is the model's
-    input, or its arguments by name. Tolerance: the square root of the precision, of the largest output.
+    of λ for each sample, and a sample's outputs are finite, and the same alone as in the batch: the model's input, or
+    its arguments by name, of another size than other axes. Tolerance: sqrt(eps) times the largest output.
     Raises AssertionError, saying which part of the claim does not hold, and by how much.
     """
 
-    def outputs(model: nn.Module, x) -> Tensor:  # all numbers that it gives for each sample: (B, ...)
-        leaves = [leaf for leaf in tree_leaves(_run(model, x)) if _is_weight(leaf)]
-        rows = max(len(leaf) for leaf in leaves if leaf.dim())  # the samples, if any output has them
-        return torch.cat([leaf.flatten(1) for leaf in leaves if leaf.dim() > 1 and len(leaf) == rows], 1)
+    def outputs(model: nn.Module, x, rows: int) -> Tensor:  # all numbers that it gives for each of these samples
+        leaves = [leaf for leaf in tree_leaves(_run(model, x)) if _is_weight(leaf) and leaf.dim()]
+        return torch.cat([leaf.reshape(rows, -1) for leaf in leaves if len(leaf) == rows], 1)
 
     def same(y: Tensor, target: Tensor, where: str) -> None:
         assert y.shape == target.shape, f"{where}, outputs are {tuple(y.shape)}, not {tuple(target.shape)}."
@@ -416,24 +412,25 @@ def verify(pretrained: nn.Module, finetuned: Models, batch, **options) -> None:
         assert off <= torch.finfo(y.dtype).eps ** 0.5 * most, f"{where}, outputs are off by {off:.2g}, of {most:.2g}."
 
     models = list(getattr(finetuned, "values", lambda: finetuned)())
+    batch = dict(batch) if isinstance(batch, Mapping) else batch
+    count = len(next(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)))
     for t, (model, state) in enumerate(zip(models, _states(models))):
         expert = copy.deepcopy(model if isinstance(model, nn.Module) else pretrained).eval()
         expert.load_state_dict(state)
         one_hot = {"init_lambda": [float(i == t) for i in range(len(models))], "router_depth": 0}
         upscaled = upscale(pretrained, models, **options | one_hot).eval()
-        same(outputs(upscaled, batch), outputs(expert, batch), f"With λ = 1 for fine-tuned model {t} alone")
+        same(outputs(upscaled, batch, count), outputs(expert, batch, count), f"With λ = 1 for model {t} alone")
     upscaled = upscale(pretrained, models, **options).eval()
     generator = torch.Generator().manual_seed(0)
     for p in (p for p in upscaled.parameters() if p.requires_grad):
         p.copy_(torch.randn(p.shape, generator=generator) * p.shape[-1] ** -0.5)
-    count = len(next(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)))
     with routing_weights(upscaled) as weights:
-        together = outputs(upscaled, batch)
+        together = outputs(upscaled, batch, count)
         for name in (name for name, module in upscaled.named_modules() if isinstance(module, WEMoE)):
             rows = len(weights.get(name, ()))
             assert rows == count > 1, f"Router {name!r} gave {rows} rows of λ (0: it did not run) for {count} samples."
     for b in range(count):
-        same(outputs(upscaled, _sample(b, count, batch)), together[b : b + 1], f"With random routers, sample {b} alone")
+        same(outputs(upscaled, _sample(b, count, batch), 1), together[b : b + 1], f"With random λ, sample {b} alone")
 
 
 def _states(models: Models) -> Iterator[Mapping[str, Tensor]]:
@@ -453,11 +450,13 @@ def _pairs(pretrained: Model, other: Model) -> dict[str, tuple[Tensor, Tensor]]:
     (theta_0, theta_t), pairs = _states([pretrained, other]), {}
     for name in dict.fromkeys([*theta_0, *theta_t]):
         p, q = (state[name].detach() if isinstance(state.get(name), Tensor) else None for state in (theta_0, theta_t))
-        both, floats = p is not None and q is not None, _is_weight(p) + _is_weight(q)
+        both, num_floats = p is not None and q is not None, _is_weight(p) + _is_weight(q)
         alike = both and p.shape == q.shape
-        if alike and floats == 2 and not re.search(r"(^|[._])(lora|hada|lokr)_", name):
+        if alike and num_floats == 2 and not re.search(r"(^|[._])(lora|hada|lokr)_", name):
             pairs[name] = p, q.to(p.device)
-        elif (both or floats) and not (alike and (p.dim() == 0 or (p == q.to(p.device)).all())):  # counters may differ
+        elif (both or num_floats) and not (
+            alike and (p.dim() == 0 or (p == q.to(p.device)).all())
+        ):  # counters may differ
             one, two = ("missing" if x is None else f"{x.dtype} of shape {tuple(x.shape)}" for x in (p, q))
             raise ValueError(f"{name!r} is {one} in the pre-trained model, {two} in the other (a prefix? an adapter?).")
     if not pairs:
@@ -468,8 +467,9 @@ def _pairs(pretrained: Model, other: Model) -> dict[str, tuple[Tensor, Tensor]]:
 def _run(model: nn.Module, batch):
     """What the model makes of a batch: its input, or its arguments by name, or either with labels, (input, labels)."""
     x, device = batch[0] if isinstance(batch, tuple | list) else batch, next(model.parameters()).device
+    x = dict(x) if isinstance(x, Mapping) else x
     x = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, x)
-    return model(**x) if isinstance(x, Mapping) else model(x)
+    return model(**x) if isinstance(x, dict) else model(x)
 
 
 def _replace(part: nn.Module, change: Callable[[nn.Module, str], nn.Module | None], prefix: str = "") -> nn.Module:

@@ -272,8 +272,8 @@ def zero_shot_head(model: open_clip.CLIP, task: str) -> Tensor:
 TEST_IMAGES = 400  # of each task
 SEVERITY = 3  # of corruptions: at 5, task arithmetic has 30 % left of 94 %
 TRAINING = Training(images=1500, steps=100, lr=5e-4)
-STEPS = {"steps": 160, "lambda_steps": 120, "mask_steps": 60}
-ADAPTATION = Adaptation(lr=8e-4, lambda_lr=1.6e-2, mask_lr=3e-2, **STEPS, batch_size=8, every=32)
+STEPS = {"steps": 80, "lambda_steps": 60, "mask_steps": 60}
+ADAPTATION = Adaptation(lr=1.6e-3, lambda_lr=1.6e-2, mask_lr=3e-2, **STEPS, batch_size=8, every=16)
 
 
 def miniature_suite(
@@ -294,7 +294,7 @@ def miniature_suite(
         test={task: load(task, "test", None) for task in tasks},
         load=load,
         normalise=normalise,
-        scalings=(0.1, 0.2, 0.3, 0.4, 0.6, 1.0),
+        scalings=(0.2, 0.3, 0.4),
     )
     return replace(suite, experts=make_experts(suite, cache, workers))
 
