@@ -34,6 +34,8 @@ def bench(arguments: list[str]) -> bool:
     parsed = parser.parse_args(arguments)
     device, gpu, half = torch.device(parsed.device), parsed.device != "cpu", parsed.precision == "bfloat16"
     rows, machine = [], torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()} threads of a CPU"
+    (folder := parsed.output / "bench").mkdir(parents=True, exist_ok=True)
+    results = {**vars(parsed), "machine": machine, "rows": rows}
 
     def run(model: nn.Module, x: Tensor, step: bool) -> None:
         """A forward pass, or one task's part of a step of adaptation: forward, entropy, backward."""
@@ -49,6 +51,7 @@ def bench(arguments: list[str]) -> bool:
         found = measure({name: partial(run, model.to(device), x, step) for name, model in models.items()})
         (first, value), (second, other) = found.items()
         rows.append({"what": what, "batch": batch, "found": found, "ratio": value / other, "bound": bound})
+        (folder / "results.json").write_text(json.dumps(results, default=str, indent=1), encoding="utf-8")
         text = f"{what}, B = {batch}: {first} / {second} = {value / other:.2f} (at most {bound})"
         say(f"{'✓' if value / other <= bound else '✗'} {text}")
 
@@ -60,9 +63,6 @@ def bench(arguments: list[str]) -> bool:
     compare("step", 2.0, least, seconds, step=True, ours=ours, dense=dense)
     compare("memory of a step", 1.5, least, peak_bytes, step=True, ours=ours, dense=dense)
     compare("20 tasks", 1.25, least, seconds, more=towers(parsed.arch, 20)[1], ours=ours)
-    (folder := parsed.output / "bench").mkdir(parents=True, exist_ok=True)
-    results = {**vars(parsed), "machine": machine, "rows": rows}
-    (folder / "results.json").write_text(json.dumps(results, default=str, indent=1), encoding="utf-8")
     points = [{"panel": r["what"], "label": k, "x": r["batch"], "y": y} for r in rows for k, y in r["found"].items()]
     figures.save(figures.lines(DataFrame(points).assign(published=False), "batch size", ""), folder / "time.png")
     return all(row["ratio"] <= row["bound"] for row in rows)
