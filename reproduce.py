@@ -122,7 +122,7 @@ def report(parsed: argparse.Namespace, measured: Measured | None, shown: Shown) 
     (parsed.folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     (parsed.folder / "table.md").write_text(table, encoding="utf-8")
     for name, figure in shown.figures.items():
-        figures.save(figure, parsed.folder / f"{name}.png")
+        figure.savefig(parsed.folder / f"{name}.png", dpi=150)
 
 
 def positive(text: str) -> int:

@@ -64,7 +64,7 @@ def bench(arguments: list[str]) -> bool:
     compare("memory of a step", 1.5, least, peak_bytes, step=True, ours=ours, dense=dense)
     compare("20 tasks", 1.25, least, seconds, more=towers(parsed.arch, 20)[1], ours=ours)
     points = [{"panel": r["what"], "label": k, "x": r["batch"], "y": y} for r in rows for k, y in r["found"].items()]
-    figures.save(figures.lines(DataFrame(points).assign(published=False), "batch size", ""), folder / "time.png")
+    figures.lines(DataFrame(points).assign(published=False), "batch size", "").savefig(folder / "time.png", dpi=150)
     return all(row["ratio"] <= row["bound"] for row in rows)
 
 

@@ -6,7 +6,6 @@ what is to be said below it stands in its `attrs["notes"]`.
 
 import itertools
 import os
-from pathlib import Path
 
 os.environ["MPLBACKEND"] = "agg"  # pictures go to files; the backend that a notebook names may not be installed here
 
@@ -112,10 +111,6 @@ def narrow(one: DataFrame) -> str:
 # ---- Pictures --------------------------------------------------------------------------------------------------------
 
 
-def save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, format="png", dpi=150)
-
-
 def panels(count: int, columns: int, width: float, height: float, sharey: bool = False) -> tuple[Figure, list]:
     """A figure of so many axes, each of this size in inches."""
     columns = min(columns, count)
@@ -206,15 +201,18 @@ def costs(entries: list[dict], inputs: int) -> Figure:
     sizes = {"parameters kept (millions)": about.total_parameters / 1e6}
     sizes |= {"evaluation (ms for each input)": 1e3 * about.evaluation_seconds / inputs}
     colours = dict(zip(about.index.unique("group"), colormaps["Dark2"].colors))
+    apart = (about.average.max() - about.average.min()) / 65  # are names
     figure, axes = panels(2, 2, 6, 0.2 * len(about) + 3, sharey=True)
     for axis, (label, xs) in zip(axes, sizes.items()):
-        named: list[tuple[float, float]] = []  # where names are, which must not be one upon the other
+        named: list[tuple[float, float]] = []  # where names are
         for ((name, group), x), y in zip(xs.items(), about.average):
             axis.plot(x, y, "o", color=colours[group], label=group)
-            y = min([y, *(height - about.average.max() / 100 for other, height in named if 0.4 < x / other < 2.5)])
+            y = min([y, *(height - apart for other, height in named if 0.4 < x / other < 2.5)])
             axis.text(1.06 * x, y, name, fontsize=8, va="center", color=colours[group])
             named.append((x, y))
         axis.set(xlabel=label, ylabel="accuracy (%)", xscale="log", xlim=(0.8 * xs.min(), 3 * xs.max()))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
     handles = dict(zip(*reversed(axes[0].get_legend_handles_labels())))
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
     return figure
