@@ -57,7 +57,7 @@ def paper_suite(
     repos = {task: expert.format(TASKS[task].checkpoint_suffix) for task in tasks if settings == "hub"}
     needed = [*([] if experts else [base]), *repos.values(), *(TASKS[task].repo for task in tasks)]
     if hub and (missing := [repo for repo in needed if not (hub / repo).is_dir()]):
-        raise ValueError(f"{hub} lacks {', '.join(missing)}: `hf download REPO --local-dir {hub}/REPO` gets each")
+        raise ValueError(f"{hub} lacks {', '.join(missing)}: `hf download` gets each (data/paper/README.md)")
     with PartialState().main_process_first():  # which downloads and decodes for all
         if experts:
             tower, towers, heads = load_authors(arch, experts, {task: len(TASKS[task].classes) for task in tasks})

@@ -119,7 +119,7 @@ def test_carried_facts_are_the_projects_cell_by_cell():
     paper, sweeps, tasks, theirs = (json.loads((FACTS / f"{n}.json").read_text(encoding="utf-8")) for n in names)
     assert published.read("paper.json") == paper and published.read("paper_sweeps.json") == sweeps
     ours = published.read("hub_results.json")
-    assert published.read("tasks.json")["tasks"] == tasks and ours["robustness"] == theirs["robustness"]
+    assert published.read("tasks.json")["tasks"][: len(tasks)] == tasks and ours["robustness"] == theirs["robustness"]
     assert ours["adaptation_curves"] == theirs["adaptation_curves"]
     assert all(found(ours["main"][arch]) == found(rows) for arch, rows in theirs["main"].items())
     for one, other in zip(theirs["generalization"], ours["generalization"], strict=True):
