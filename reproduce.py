@@ -139,7 +139,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         epilog="Exit status: 0 if every claim holds, 1 if one does not, 2 for a usage error or bad input.",
     )
     add = parser.add_argument
-    add("suite", nargs="?", default="miniature", help=f"{', '.join(SUITES)} (default: %(default)s)")
+    add("suite", nargs="?", default="miniature", help=f"{', '.join(SUITES)}, or bench (default: %(default)s)")
     add("--experiment", default="main", metavar="NAME", help=f"{', '.join(EXPERIMENTS)}, or list (default: main)")
     add("--tasks", nargs="+", metavar="TASK", help="only these, where the experiment allows it (default: all eight)")
     add("--methods", nargs="+", metavar="NAME", help=f"all, or {', '.join(MAIN)} (in miniature, the six of the story)")
@@ -177,7 +177,7 @@ def complete(parsed: argparse.Namespace, experiment: Experiment) -> None:
         (of_texts and experiment.name not in ("main", "depths", "ablation"), f"{experiment.name} is about images"),
         (parsed.tasks and experiment.tasks, f"--tasks: the experiment {experiment.name} has its own"),
         ((parsed.hub or parsed.limit) and not real, "--hub and --limit are for suites of real models"),
-        ((parsed.experts or parsed.finetune) and not clip, "--experts and --finetune are for CLIP"),
+        ((parsed.experts or parsed.finetune or parsed.cache) and not clip, "--experts, --finetune, --cache: for CLIP"),
         ((parsed.workers or 1) > 1 and not parsed.on_cores, "--workers: in miniature, on a CPU; on GPUs, torchrun"),
     ):
         if wrong:

@@ -8,8 +8,9 @@ import open_clip
 import pytest
 import torch
 from hypothesis import settings
+from matplotlib.figure import Figure
 
-from data import figures, run
+from data import run
 from data.miniature import tasks
 from data.suite import Training
 
@@ -32,7 +33,7 @@ def small_clip() -> open_clip.CLIP:
 def shrink(patch: pytest.MonkeyPatch) -> None:
     """Make the miniature small. Figures are made but not drawn, which would take most of the time."""
     patch.setattr(run, "sources", lambda: "")  # which may be edited while tests run
-    patch.setattr(figures, "save", lambda figure, path: path.write_bytes(b""))
+    patch.setattr(Figure, "savefig", lambda figure, path, **_: path.write_bytes(b""))
     patch.setattr(tasks, "load_pretrained", small_clip)
     patch.setattr(tasks, "TRAINING", Training(images=24, steps=10, lr=3e-3, batch_size=8, warmup=1))
     patch.setattr(tasks, "TEST_IMAGES", 24)

@@ -131,7 +131,7 @@ def listed() -> str:
 def claims_of(measured: Measured, formulas: dict[str, str], numbers: dict[str, dict]) -> list[dict]:
     """Whether formulas hold, and averages are near the published ones.
 
-    None of a part of the test inputs; no formula after fewer steps, or of models of which nothing was published.
+    None of a part of the test inputs; no formula after fewer steps than published, or of models of which nothing was.
     """
     suite, claims = measured.suite, []
     theirs = {row["method"]: mean(row["accuracy"].values()) for row in published.eight_tasks(suite.name, "paper")}

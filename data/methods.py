@@ -1,6 +1,6 @@
 """Every method: its mathematics, and above it, as a decorator, its row in the tables.
 
-To add one, write a function that makes of a suite (data/run.py) one model for all tasks, or one for each; of a static
+To add one, write a function that makes of a suite (data/suite.py) one model for all tasks, or one for each; of a static
 method, only the rule that makes one vector of all task vectors. Then tell test_methods.py what has to be true of it.
 
 As in wemoe.py, θ_0 is the pre-trained model, τ_t = θ_t - θ_0 a task vector, λ a coefficient; B samples, T tasks, D
@@ -69,16 +69,16 @@ def method(group: str, name: str, arxiv: str = "", *, needs=(), seconds=10, main
     return put
 
 
-def by_rule(rule: Callable, suite: Suite, scaling: float | Callable, options: Callable | None = None) -> Result:
-    """θ_0 + λ τ, τ being rule(task vectors, **options(suite)); with the accuracies at the λ that the suite tries."""
+def by_rule(rule: Callable, suite: Suite, scaling: float | Callable, options: Callable = None, tries=True) -> Result:
+    """θ_0 + λ τ, τ being rule(task vectors, **options(suite)); if it `tries`, with accuracies at the suite's λ, too."""
     tau, curve = rule(task_vectors(suite, packed=not hub(suite)), **(options(suite) if options else {})), []
-    for lam in progress(suite.scalings, "Trying λ", unit="λ", delay=1):
+    for lam in progress(suite.scalings if tries else (), "Trying λ", unit="λ", delay=1):
         accuracy = evaluate(suite, merge(suite, [tau], lam))
         curve.append({"scaling": lam, "accuracy": accuracy, "average": fmean(accuracy.values())})
     return merge(suite, [tau], scaling(suite) if callable(scaling) else scaling), {"curve": curve} if curve else {}
 
 
-static, since = partial(method, STATIC, by=by_rule), partial(method, SINCE, by=by_rule)
+static, since = partial(method, STATIC, by=by_rule), partial(method, SINCE, by=partial(by_rule, tries=False))
 learned, given = partial(method, LEARNED, needs=[ADAPTATION]), partial(method, GIVEN, needs=[TRAINING_IMAGES])
 
 

@@ -105,10 +105,10 @@ def class_order(task: str, names: dict[int, str]) -> list[int]:
     """A model's number for each class of GLUE, by the names that it has for them, or else by number."""
     known = GLUE[task]["classes"] or ["0"]
     given = [re.sub("[^a-z0-9]+", "_", names[number].lower()).removeprefix("label_") for number in sorted(names)]
-    by_number = sorted(given) == [str(i) for i in range(len(known))]
+    by_number = not GLUE[task]["classes"] or sorted(given) == [str(i) for i in range(len(known))]
     if not by_number and sorted(given) != sorted(known):
         raise ValueError(f"{task}: an expert's config.json calls its classes {dict(names)}; known are {known}")
-    return [given.index(str(i) if by_number else name) for i, name in enumerate(known)]
+    return [given.index(str(i) if by_number else name) for i, name in enumerate(known)] if known != ["0"] else [0]
 
 
 # ---- Flan-T5: token ids and their mask -> logits of the answer's first token (B, V) -> of its classes (B, C) ---------
