@@ -92,7 +92,7 @@ def paper_suite(
         curve=next((c for c in adaptation_curves(arch) if source and c["learning_rate"] == adaptation.lr), None),
         claimable=not odd,
         shortened=adaptation != ADAPTATION,
-        note=f"Nothing is claimed: there are not all test images of {', '.join(odd)}." if odd else "",
+        note=f"Not held against published figures: not all test images of {', '.join(odd)} are there." if odd else "",
     )
     return replace(suite, experts=make_experts(suite, common["cache"], common["workers"])) if finetune else suite
 
