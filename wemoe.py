@@ -170,7 +170,7 @@ class MergedLayer(nn.Module):
             return self.for_all(self.lam[0], *args, **kwargs)
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()]
         if len(self.lam) == 0 or not any(len(x) in (1, len(self.lam)) for x in tensors):  # or windows in the batch
-            raise ValueError(f"λ is of {len(self.lam)} samples, not of these: a merged layer runs in its WEMoE module.")
+            raise ValueError(f"λ of {len(self.lam)} samples: run in its WEMoE module, or split by layer=MergedLayer.")
         return self.for_each(self.lam, *args, **kwargs)
 
     def for_all(self, lam: Tensor, *args, **kwargs):
