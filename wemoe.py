@@ -397,8 +397,8 @@ def verify(pretrained: nn.Module, finetuned: Models, batch, **options) -> None:
     """Prove on a batch of two samples or more that `upscale(pretrained, finetuned, **options)` is what it claims to be.
 
     (1) With λ one-hot, it is fine-tuned model t, for each t. (2) With random routers, each of them ran and gave one row
-    of λ for each sample, and a sample's outputs are finite, and the same alone as in the batch: the model's input, or
-    its arguments by name, of another size than other axes. Tolerance: sqrt(eps) times the largest output.
+    of λ for each sample, and a sample's outputs are finite, and the same alone as in the batch. `batch` is the model's
+    input, or its arguments by name; no other axis should have its size. Tolerance: sqrt(eps) times the largest output.
     Raises AssertionError, saying which part of the claim does not hold, and by how much.
     """
 
@@ -454,9 +454,7 @@ def _pairs(pretrained: Model, other: Model) -> dict[str, tuple[Tensor, Tensor]]:
         alike = both and p.shape == q.shape
         if alike and num_floats == 2 and not re.search(r"(^|[._])(lora|hada|lokr)_", name):
             pairs[name] = p, q.to(p.device)
-        elif (both or num_floats) and not (
-            alike and (p.dim() == 0 or (p == q.to(p.device)).all())
-        ):  # counters may differ
+        elif (both or num_floats) and not (alike and (p.dim() == 0 or (p == q.to(p.device)).all())):  # counters differ
             one, two = ("missing" if x is None else f"{x.dtype} of shape {tuple(x.shape)}" for x in (p, q))
             raise ValueError(f"{name!r} is {one} in the pre-trained model, {two} in the other (a prefix? an adapter?).")
     if not pairs:
